@@ -1,0 +1,1 @@
+"""fastssl: fast self-supervised pretraining of vision backbones, judged by accuracy per minute."""

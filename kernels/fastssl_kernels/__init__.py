@@ -1,0 +1,1 @@
+"""Fused losses for self-supervised learning. Needs torch and triton only."""
