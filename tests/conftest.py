@@ -1,0 +1,36 @@
+"""Settings for every test: the interpreter where there is no GPU, poisoned memory, where the data lies."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():  # before any kernel is imported: triton.jit reads it when it decorates
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """Real data (FASTSSL_DATA). Under CI a missing folder is an error; elsewhere its tests are skipped."""
+    root = Path(__file__).parents[1]
+    folder = Path(os.environ.get("FASTSSL_DATA", root.parent / "shared" / "data"))
+    if not folder.is_dir():
+        message = f"no data at {folder}; set FASTSSL_DATA to the folder of real data sets"
+        if os.environ.get("CI"):
+            raise FileNotFoundError(message)
+        pytest.skip(message)
+    return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
