@@ -44,7 +44,9 @@ class Case:
     parameters: Mapping[str, Any]
     build: Callable[[], dict[str, Call]]
     check: Callable[[dict[str, Call]], None]
-    work: Mapping[str, float] = field(default_factory=dict)  # unit -> amount in one call ("views": 2048)
+    work: Mapping[str, float] = field(
+        default_factory=dict
+    )  # unit -> amount in one call ("views": 2048)
     floor_ms: float | None = None  # the roofline's, where one is known for this device
 
 
@@ -188,7 +190,9 @@ def _version(package: str) -> str | None:
 def _cpu_name() -> str:
     try:
         with open("/proc/cpuinfo") as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+            return next(
+                line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+            )
     except (OSError, StopIteration):
         return platform.processor()
 
@@ -196,6 +200,8 @@ def _cpu_name() -> str:
 def _power_limit_w() -> float | None:
     query = ["nvidia-smi", "--query-gpu=power.limit", "--format=csv,noheader,nounits"]
     try:
-        return float(subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")[0])
+        return float(
+            subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")[0]
+        )
     except (OSError, subprocess.CalledProcessError, ValueError):
         return None

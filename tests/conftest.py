@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-if not torch.cuda.is_available():  # before any kernel is imported: triton.jit reads it when it decorates
+if (
+    not torch.cuda.is_available()
+):  # before any kernel is imported: triton.jit reads it when it decorates
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 

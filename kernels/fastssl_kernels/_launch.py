@@ -18,7 +18,9 @@ _INTERPRETED: ContextVar[bool] = ContextVar("fastssl_interpreted", default=False
 @contextmanager
 def interpreted() -> Iterator[None]:
     """Run the Triton kernels on CPU tensors too, in the interpreter (fp32 and fp16 only)."""
-    assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1 before importing fastssl_kernels"
+    assert os.environ.get("TRITON_INTERPRET") == "1", (
+        "set TRITON_INTERPRET=1 before importing fastssl_kernels"
+    )
     token = _INTERPRETED.set(True)
     try:
         yield

@@ -17,9 +17,13 @@ def stack_views(views: Tensor | Sequence[Tensor], name: str) -> Tensor:
         if len(set(shapes)) > 1:
             raise ValueError(f"{name}: views have shapes {shapes}; all must be one (N, D)")
         if len({t.device for t in tensors}) > 1:
-            raise ValueError(f"{name}: views are on {[str(t.device) for t in tensors]}; move them to one device")
+            raise ValueError(
+                f"{name}: views are on {[str(t.device) for t in tensors]}; move them to one device"
+            )
         if len({t.dtype for t in tensors}) > 1:
-            raise ValueError(f"{name}: views have dtypes {[str(t.dtype) for t in tensors]}; cast them to one")
+            raise ValueError(
+                f"{name}: views have dtypes {[str(t.dtype) for t in tensors]}; cast them to one"
+            )
         if len(tensors) < 2:
             raise ValueError(f"{name}: got {len(tensors)} views; it compares at least 2")
         views = torch.stack(tensors)

@@ -30,7 +30,12 @@ class View:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width over height of the crop, log-uniform
     interpolation: Interpolation = "bilinear"  # antialiased where the crop shrinks
     flip: float = 0.5  # probability of a horizontal flip
-    jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)  # brightness, contrast, saturation, hue
+    jitter: tuple[float, float, float, float] = (
+        0.0,
+        0.0,
+        0.0,
+        0.0,
+    )  # brightness, contrast, saturation, hue
     jitter_p: float = 0.0
     gray: float = 0.0  # probability of grayscale
     blur: float = 0.0  # probability of a Gaussian blur
@@ -55,11 +60,17 @@ class View:
         for name in ("scale", "ratio", "blur_sigma", "erase_scale", "erase_ratio"):
             low, high = getattr(self, name)
             if not 0 < low <= high:
-                raise ValueError(f"View.{name} is {(low, high)}: give (low, high) with 0 < low <= high")
+                raise ValueError(
+                    f"View.{name} is {(low, high)}: give (low, high) with 0 < low <= high"
+                )
         if self.scale[1] > 1:
-            raise ValueError(f"View.scale is {self.scale}: a crop cannot be larger than the image (1.0)")
+            raise ValueError(
+                f"View.scale is {self.scale}: a crop cannot be larger than the image (1.0)"
+            )
         if any(strength < 0 for strength in self.jitter) or self.jitter[3] > 0.5:
-            raise ValueError(f"View.jitter is {self.jitter}: strengths are >= 0, and hue at most 0.5")
+            raise ValueError(
+                f"View.jitter is {self.jitter}: strengths are >= 0, and hue at most 0.5"
+            )
         if any(s <= 0 for s in self.std):
             raise ValueError(f"View.std is {self.std}: standard deviations must be positive")
 
