@@ -1,8 +1,8 @@
 """When to run Triton, and on which kind of device.
 
-Triton kernels run on CUDA tensors. On a CPU they run only when asked, in Triton's interpreter: tests
-set TRITON_INTERPRET=1 before the first import and enter `interpreted()`. Everything else takes the
-lean torch path.
+Triton kernels run on CUDA tensors. On a CPU they run only when asked, in Triton's interpreter:
+tests set TRITON_INTERPRET=1 before the first import and enter `interpreted()`. Everything else
+takes the lean torch path.
 """
 
 import os

@@ -26,7 +26,7 @@ def barlow_twins_loss_reference(
     eps: float = 1e-5,
     pairing: Pairing = "pairs",
 ) -> Tensor:
-    """The formula above in eager PyTorch: any device and dtype, differentiable twice. (V, N, D) -> ()"""
+    """(V, N, D) -> (): the formula above in eager PyTorch. Any device, any dtype."""
     h = [_standardized(z, eps) for z in views]  # V x (N, D)
     if pairing == "pairs" or len(h) == 2:
         pairs = [_penalty(a.T @ b / len(a), lambd) for a, b in combinations(h, 2)]

@@ -29,7 +29,7 @@ def vicreg_loss_reference(
     gamma: float = 1.0,
     eps: float = 1e-4,
 ) -> Tensor:
-    """The formula above in eager PyTorch: any device and dtype, differentiable twice. (V, N, D) -> ()"""
+    """(V, N, D) -> (): the formula above in eager PyTorch. Any device, any dtype."""
     views = list(views)
     invariance = torch.stack([F.mse_loss(a, b) for a, b in combinations(views, 2)]).mean()
     std = [(z.var(0) + eps).sqrt() for z in views]
