@@ -1,1 +1,11 @@
 """Fused losses for self-supervised learning. Needs torch and triton only."""
+
+from fastssl_kernels.barlow_twins import barlow_twins_loss, barlow_twins_loss_reference
+from fastssl_kernels.vicreg import vicreg_loss, vicreg_loss_reference
+
+__all__ = [
+    "barlow_twins_loss",
+    "barlow_twins_loss_reference",
+    "vicreg_loss",
+    "vicreg_loss_reference",
+]
