@@ -1,8 +1,10 @@
-"""Measure everything this machine can measure: python -m bench --out DIR [--only SUITES] [--budget-s S].
+"""Measure everything this machine can measure: python -m bench --out DIR [--only SUITES]
+[--budget-s S].
 
-Each suite writes DIR/SUITE.jsonl: the environment first, then one row per case and variant as soon as it
-is measured, the most telling cases first. A case is checked before it is timed; one that fails its check
-or does not fit in memory becomes a row that says so. The command ends by itself inside the budget.
+Each suite writes DIR/SUITE.jsonl: the environment first, then one row per case and variant as soon
+as it is measured, the most telling cases first. A case is checked before it is timed; one that
+fails its check or does not fit in memory becomes a row that says so. The command ends by itself
+inside the budget.
 """
 
 import argparse
@@ -58,13 +60,14 @@ def main() -> int:
             _run_suite(suite, options, time.monotonic() + share)
     except BudgetSpent:
         print(
-            f"the budget of {options.budget_s:.0f} s is spent; what was measured is in {options.out}"
+            f"the budget of {options.budget_s:.0f} s is spent; the results are in {options.out}"
         )
     return 0
 
 
 def _stop_at(budget_s: float) -> None:
-    """Interrupt at 97 % of the budget; if the interpreter does not come back from a call, leave at 100 %."""
+    """Interrupt at 97 % of the budget; if the interpreter does not come back from a call, leave at
+    100 %."""
 
     def interrupt(signal_number: int, frame: FrameType | None) -> None:
         raise BudgetSpent
@@ -111,7 +114,7 @@ def _rows(suite: str) -> Callable[[str, float, str], Iterator[Row]]:
 
 
 def timed_rows(cases: list[Case], device: str, end: float) -> Iterator[Row]:
-    """Rows of the cases, in order, until `end` (monotonic seconds); the time left is shared evenly."""
+    """Rows of the cases, in order, until `end` (monotonic seconds), with even shares of it."""
     for number, case in enumerate(cases):
         left = end - time.monotonic()
         if left <= 0:
@@ -133,7 +136,7 @@ def timed_rows(cases: list[Case], device: str, end: float) -> Iterator[Row]:
         ) as error:  # torch's out-of-memory is a RuntimeError
             yield {
                 **head,
-                "failed": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+                "failed": f"{type(error).__name__}: {str(error).split(chr(10))[0]}",
             }
             continue
         finally:

@@ -1,6 +1,8 @@
-"""Accuracy and the seconds it took: recipes trained from scratch, frozen features, the neutral protocol.
+"""Accuracy and the seconds it took: recipes trained from scratch, frozen features, the neutral
+protocol.
 
-Runs on the digits where scikit-learn is installed, and on CIFAR-10 where FASTSSL_CIFAR10 names an .npz.
+Runs on the digits where scikit-learn is installed, and on CIFAR-10 where FASTSSL_CIFAR10 names an
+.npz.
 """
 
 import os
@@ -20,7 +22,7 @@ SEEDS = (0, 1, 2)
 
 
 def configs(device: str) -> Iterator[tuple[str, Config]]:
-    """(name, Config), the quickest first: every digits recipe, then short CIFAR-10 runs on a GPU."""
+    """(name, Config), the quickest first: the digits recipes, then short CIFAR-10 runs on a GPU."""
     if find_spec("sklearn"):
         for seed in SEEDS:
             for name in ("digits-diet", "digits-barlow"):

@@ -1,4 +1,4 @@
-"""Results into a Markdown table and a plot: python -m bench.report FOLDER_OR_FILE... [--plot PNG]."""
+"""Results into Markdown tables and a plot: python -m bench.report FOLDER... [--plot PNG]."""
 
 import argparse
 import json
@@ -28,7 +28,8 @@ def environment_line(stamp: Row) -> str:
 
 
 def timing_table(rows: list[Row]) -> str:
-    """Time, spread, ratio and memory by case and variant. On a CPU read the ratios: the machine is shared."""
+    """Time, spread, ratio and memory by case and variant. On a CPU read the ratios: the machine is
+    shared."""
     graphs = any(row.get("graph_ms") for row in rows)
     head = [
         "case",

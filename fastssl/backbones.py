@@ -11,7 +11,8 @@ from torch import Tensor, nn
 class FastNet(nn.Sequential):
     """A small residual net for CPUs and small images: three stages at S/1, S/2, S/4, F = 4 * width.
 
-    Its work at 16 px and width 32 is 6.6 million multiply-adds an image, a fiftieth of a ResNet-18's at 32 px.
+    Its work at 16 px and width 32 is 6.6 million multiply-adds an image, a fiftieth of a
+    ResNet-18's at 32 px.
     """
 
     def __init__(self, width: int = 32):
@@ -48,7 +49,8 @@ def _convolution(inputs: int, outputs: int, stride: int) -> nn.Sequential:
 def build_backbone(name: str, *, stem: str = "imagenet", image_size: int = 224) -> nn.Module:
     """'fastnet', 'fastnet-WIDTH' or a timm model without its classifier, with random weights.
 
-    Raises ValueError for a name that neither knows, and for stem='cifar' on a net without a ResNet's stem.
+    Raises ValueError for a name that neither knows, and for stem='cifar' on a net without a
+    ResNet's stem.
     """
     if match := re.fullmatch(r"fastnet(?:-(\d+))?", name):
         return FastNet(int(match[1] or 32))

@@ -39,7 +39,8 @@ def save_backbone(path: Path, backbone: nn.Module) -> None:
 
 
 def load_backbone(path: Path, backbone: nn.Module) -> None:
-    """Fill every tensor of `backbone` from a file of `save_backbone`; ValueError where one is missing or strange."""
+    """Fill every tensor of `backbone` from a file of `save_backbone`; ValueError where one is
+    missing or strange."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: the run has not finished its pretraining")
     tensors: dict[str, Tensor] = load_file(path)

@@ -1,4 +1,5 @@
-"""The commands: train, eval, recipes. Flags derive from Config; mistakes end in one line and exit code 2."""
+"""The commands: train, eval, recipes. Flags derive from Config; mistakes end in one line and exit
+code 2."""
 
 import contextlib
 import difflib
@@ -15,10 +16,11 @@ from fastssl.recipes import RECIPES, find_recipe
 
 USAGE = """usage: fastssl COMMAND ...
 
-  fastssl train RECIPE [--data PATH] [--run DIR] [--knob value ...]   pretrain, evaluate, print the table
-  fastssl eval RUN                                                    repeat a run's evaluation from its folder
-  fastssl recipes                                                     list the recipes
-  fastssl train RECIPE --help                                         every knob, with the recipe's value
+  fastssl train RECIPE [--data PATH] [--run DIR] [--knob value ...]
+                                   pretrain, evaluate, print the table
+  fastssl train RECIPE --help      every knob, with the recipe's value
+  fastssl eval RUN                 repeat a run's evaluation from its folder
+  fastssl recipes                  list the recipes
 """
 
 
@@ -32,7 +34,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(arguments: list[str]) -> int:
-    """Carry out one command line and return its exit code: 0, or 2 after one line that says what to change."""
+    """Carry out one command line and return its exit code: 0, or 2 after one line that says what to
+    change."""
     commands = {"train": _train, "eval": _eval, "recipes": _recipes}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
@@ -91,7 +94,8 @@ def _recipes(arguments: list[str]) -> None:
 
 
 def parse_config(recipe: str, flags: list[str]) -> Config:
-    """The recipe's Config with the flags applied; UsageError in one line for a flag or value that is wrong."""
+    """The recipe's Config with the flags applied; UsageError in one line for a flag or value that
+    is wrong."""
     import tyro
 
     default = find_recipe(recipe)

@@ -1,7 +1,7 @@
 """Config: every knob of a run, its unit, and where its default comes from.
 
-A recipe is a value of it (`recipes.py`), an experiment is `replace(recipe, ...)`, and the command line
-derives its flags from it. It is frozen: what a run's `config.json` says is what the run did.
+A recipe is a value of it (`recipes.py`), an experiment is `replace(recipe, ...)`, and the command
+line derives its flags from it. It is frozen: what a run's `config.json` says is what the run did.
 """
 
 import json
@@ -16,14 +16,17 @@ class Config:
 
     # data
     data: str = ""
-    """'digits', 'cifar10' (downloaded), an .npz with x_train [y_train x_test y_test], a folder of images or of
-    class folders (with train/ and val/ or test/ or without), or CIFAR-10's python batches."""
+    """'digits', 'cifar10' (downloaded), an .npz with x_train [y_train x_test y_test], a folder of
+    images or of class folders (with train/ and val/ or test/ or without), or CIFAR-10's python
+    batches."""
     engine: Literal["resident"] = "resident"
     """What decodes and renders the views."""
     load_size: int = 256
-    """Side of the square, in px, to which images of a folder are resized and cropped when they are loaded."""
+    """Side of the square, in px, to which images of a folder are resized and cropped when they are
+    loaded."""
     holdout: float = 0.2
-    """Share of the images kept out of pretraining for evaluation, where the data has no test part of its own."""
+    """Share of the images kept out of pretraining for evaluation, where the data has no test part
+    of its own."""
 
     # method
     method: Literal["barlow", "diet", "vicreg"] = "barlow"
@@ -35,13 +38,15 @@ class Config:
     image_size: int = 224
     """Side of a view, in px."""
     projector_width: int = 8192
-    """Hidden and output width of the projector (Barlow Twins, VICReg); 8192 is both papers' choice."""
+    """Hidden and output width of the projector (Barlow Twins, VICReg); 8192 is both papers' choice.
+    """
     projector_layers: int = 3
     """Linear layers of the projector; 3 is both papers' choice."""
     label_smoothing: float = 0.8
     """DIET's label smoothing (arXiv:2302.10260)."""
     lambd: float = 0.0051
-    """Barlow Twins' off-diagonal weight (arXiv:2103.03230); tuned values fall as 1 / width (arXiv:2312.10725)."""
+    """Barlow Twins' off-diagonal weight (arXiv:2103.03230); tuned values fall as 1 / width
+    (arXiv:2312.10725)."""
     sim_coeff: float = 25.0
     """VICReg's invariance weight (arXiv:2105.04906)."""
     std_coeff: float = 25.0

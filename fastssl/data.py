@@ -1,7 +1,7 @@
 """Data sets as arrays: images for training, labels for evaluation, read by different functions.
 
-`load_images` never touches a label and `load_labels` never touches a pixel, so training code that holds
-what the first returns has no way to a label.
+`load_images` never touches a label and `load_labels` never touches a pixel, so training code that
+holds what the first returns has no way to a label.
 
 Shapes: M data set, S pixels per side. Images are uint8 RGB (M, S, S, 3), labels int64 (M,).
 """
@@ -22,11 +22,14 @@ Labels = NDArray[np.int64]
 
 IMAGE_SUFFIXES = frozenset(".bmp .gif .jpeg .jpg .png .ppm .tif .tiff .webp".split())
 TEST_FOLDERS = ("test", "val")
-CIFAR10_HELP = "pass --data with an .npz (x_train, y_train, x_test, y_test), the folder cifar-10-batches-py, or a folder of images"
+CIFAR10_HELP = (
+    "pass --data with an .npz (x_train, y_train, x_test, y_test), the folder cifar-10-batches-py, "
+    "or a folder of images"
+)
 
 
 def load_images(data: str, split: Split, *, size: int, holdout: float) -> Images:
-    """The images of one split, (M, S, S, 3) uint8. `size` is S for folders; arrays keep their own."""
+    """The images of one split, (M, S, S, 3) uint8. `size` is S of a folder; arrays keep theirs."""
     if data == "digits":
         return _split(_digits_images(), split, holdout)
     if data == "cifar10" or _is_cifar_batches(data):
@@ -41,7 +44,8 @@ def load_images(data: str, split: Split, *, size: int, holdout: float) -> Images
 
 
 def load_labels(data: str, split: Split, *, holdout: float) -> Labels | None:
-    """The labels of the images of `load_images`, or None where the data has none. For evaluation only."""
+    """The labels of the images of `load_images`, or None where the data has none. For evaluation
+    only."""
     if data == "digits":
         from sklearn.datasets import load_digits
 
@@ -55,10 +59,10 @@ def load_labels(data: str, split: Split, *, holdout: float) -> Labels | None:
 
 
 def require_memory(
-    needed: int, what: str, remedy: str, device: torch.device = torch.device("cpu")
+    needed: int, what: str, remedy: str, device: torch.device | None = None
 ) -> None:
     """ValueError where `what` needs more bytes than the device has free."""
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _available_bytes()
+    free = torch.cuda.mem_get_info(device)[0] if device and device.type == "cuda" else _available_bytes()
     if needed > free:
         gib = 2**30
         raise ValueError(
@@ -200,7 +204,8 @@ def _folder_files(path: Path, split: Split) -> tuple[list[Path], bool]:
 
 
 def _folder_labels(path: Path, split: Split, holdout: float) -> Labels | None:
-    """A file's class is the first folder below its split's root; classes are numbered by the training part."""
+    """A file's class is the first folder below its split's root; classes are numbered by the
+    training part."""
     paths, names_split = _folder_files(path, split)
     classes = _class_names(path, _folder_files(path, "train")[0], names_split)
     names = _class_names(path, paths, names_split)
@@ -223,7 +228,8 @@ def _class_names(path: Path, files: Sequence[Path], names_split: bool) -> list[s
 
 
 def _decode(paths: Sequence[Path], size: int) -> Images:
-    """Files to squares: the shorter side resized to `size` with antialias, the centre cropped. (M, S, S, 3)"""
+    """Files to squares: the shorter side resized to `size` with antialias, the centre cropped. (M,
+    S, S, 3)"""
     require_memory(
         len(paths) * size * size * 3,
         f"holding {len(paths)} images of {size} px",

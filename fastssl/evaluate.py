@@ -1,7 +1,7 @@
 """How good frozen features are: kNN and linear probe, with all labels and with a few per class.
 
-One neutral protocol for every method: one centre view, the backbone's features, no fine-tuning. Labels
-enter the library here and nowhere else.
+One neutral protocol for every method: one centre view, the backbone's features, no fine-tuning.
+Labels enter the library here and nowhere else.
 
 Shapes: M data set, F features, K classes, S pixels per side.
 """
@@ -38,7 +38,8 @@ def extract_features(
     device: torch.device,
     batch_size: int = 256,
 ) -> Tensor:
-    """Features (M, F) float32 on the CPU of images (M, S, S, 3) uint8, in evaluation mode, one centre view each."""
+    """Features (M, F) float32 on the CPU of images (M, S, S, 3) uint8, in evaluation mode, one
+    centre view each."""
     training = backbone.training
     backbone.eval()
     shift = torch.tensor(mean, device=device).view(3, 1, 1)
@@ -137,7 +138,8 @@ def linear_probe_accuracy(
 
 
 def draw_labels(labels: Tensor, per_class: int, draw: int) -> Tensor:
-    """Indices of `per_class` images of every class (of all, where it has fewer), the same for the same `draw`."""
+    """Indices of `per_class` images of every class (of all, where it has fewer), the same for the
+    same `draw`."""
     generator = torch.Generator().manual_seed(draw)
     shuffled = torch.randperm(len(labels), generator=generator)
     chosen = [shuffled[labels[shuffled] == k][:per_class] for k in labels.unique()]
@@ -156,8 +158,8 @@ def evaluate_features(
 ) -> dict[str, Accuracy]:
     """{"linear_all", "knn_all", "linear_10", "knn_10", ..., "knn_1"} -> Accuracy.
 
-    The linear probe sees features standardised by the mean and deviation of all training features, which
-    needs no labels.
+    The linear probe sees features standardised by the mean and deviation of all training features,
+    which needs no labels.
     """
     mean, std = train.mean(0), train.std(0)
     scale = torch.where(

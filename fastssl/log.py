@@ -1,4 +1,5 @@
-"""What a run tells: one JSON line per report for programs, a progress bar or plain lines for people."""
+"""What a run tells: one JSON line per report for programs, a progress bar or plain lines for
+people."""
 
 import json
 import time
@@ -13,7 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 class Log:
     """Writes metrics.jsonl and shows progress; a context manager around the training loop.
 
-    On a terminal it draws a bar with views/s, loss and the time left; elsewhere it prints about ten lines.
+    On a terminal it draws a bar with views/s, loss and the time left; elsewhere it prints about ten
+    lines.
     """
 
     def __init__(self, path: Path, total: int, start: int = 0, console: Console | None = None):

@@ -18,7 +18,8 @@ def parameter_groups(modules: list[nn.Module], weight_decay: float) -> list[dict
 
 
 def build_optimizer(config: Config, modules: list[nn.Module]) -> Optimizer:
-    """AdamW, SGD, or LARS (arXiv:1708.03888, as Barlow Twins and VICReg use it) over the modules' parameters."""
+    """AdamW, SGD, or LARS (arXiv:1708.03888, as Barlow Twins and VICReg use it) over the modules'
+    parameters."""
     groups = parameter_groups(modules, config.weight_decay)
     if config.optimizer == "adamw":
         return AdamW(groups, lr=config.lr, fused=True)
@@ -30,7 +31,8 @@ def build_optimizer(config: Config, modules: list[nn.Module]) -> Optimizer:
 
 
 def learning_rate(step: int, *, total: int, warmup: int, peak: float, final: float) -> float:
-    """Linear from peak / warmup to `peak` over `warmup` steps, then a cosine to `final` * peak at the last step."""
+    """Linear from peak / warmup to `peak` over `warmup` steps, then a cosine to `final` * peak at
+    the last step."""
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, total - 1 - warmup)

@@ -1,4 +1,5 @@
-"""One run from Config to summary: load, train, evaluate, write; and the evaluation again from the folder alone."""
+"""One run from Config to summary: load, train, evaluate, write; and the evaluation again from the
+folder alone."""
 
 import time
 from collections.abc import Callable
@@ -42,7 +43,8 @@ def choose_device(name: str) -> torch.device:
 
 
 def build_views(config: Config) -> tuple[View, ...]:
-    """The views of `config.policy`; ValueError lists the policies, or says that a policy fixes its own views."""
+    """The views of `config.policy`; ValueError lists the policies, or says that a policy fixes its
+    own views."""
     size, count = config.image_size, config.views
     by_name: dict[str, Callable[[], tuple[View, ...]]] = {
         "simclr": lambda: policies.simclr(count, size),
@@ -74,8 +76,8 @@ def seeded_backbone(config: Config) -> nn.Module:
 def pretrain(config: Config, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
     """Train and evaluate in `folder`; returns what its summary.json then holds.
 
-    An unfinished run of the same config is resumed. Raises ValueError, with nothing written, where the
-    folder is taken or the config and the data do not fit together.
+    An unfinished run of the same config is resumed. Raises ValueError, with nothing written, where
+    the folder is taken or the config and the data do not fit together.
     """
     begin = time.perf_counter()
     resumed = run_folder.is_resumed(folder, config)

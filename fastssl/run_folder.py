@@ -1,4 +1,5 @@
-"""A run's folder: config.json, metrics.jsonl, checkpoint/, backbone.safetensors, curves.png, summary.json."""
+"""A run's folder: config.json, metrics.jsonl, checkpoint/, backbone.safetensors, curves.png,
+summary.json."""
 
 import json
 import os

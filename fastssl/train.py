@@ -25,7 +25,8 @@ class NonFiniteLossError(ArithmeticError):
 
 
 def view_features(backbone: nn.Module, views: Sequence[Tensor]) -> list[Tensor]:
-    """V tensors (N, C, S, S) -> V tensors (N, F), the backbone run once per group of adjacent equal-sized views."""
+    """V tensors (N, C, S, S) -> V tensors (N, F), the backbone run once per group of adjacent
+    equal-sized views."""
     features: list[Tensor] = []
     for _, group in groupby(views, key=lambda view: view.shape[-1]):
         same = list(group)
@@ -41,9 +42,11 @@ def train(
     device: torch.device,
     folder: Path,
 ) -> float:
-    """Pretrain `backbone` and `objective` in place; reports and checkpoints go to `folder`. Returns views/s.
+    """Pretrain `backbone` and `objective` in place; reports and checkpoints go to `folder`. Returns
+    views/s.
 
-    A checkpoint in the folder is resumed. Raises NonFiniteLossError where the loss is NaN or infinite.
+    A checkpoint in the folder is resumed. Raises NonFiniteLossError where the loss is NaN or
+    infinite.
     """
     total = config.epochs * len(pipeline)
     warmup = round(config.warmup_epochs * len(pipeline))

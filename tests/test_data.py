@@ -1,4 +1,4 @@
-"""Reading data: every accepted form gives the same images, labels stay apart, mistakes are named."""
+"""Reading data: every accepted form gives its images, labels stay apart, mistakes are named."""
 
 import pickle
 import tarfile
@@ -52,7 +52,8 @@ def test_cifar10_npz_is_the_real_thing(data: Path, tmp_path: Path) -> None:
 
 
 def test_official_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The python batches, through torchvision; its checksums are those of the real files, so they are lifted here."""
+    """The python batches, through torchvision; its checksums are those of the real files, so they
+    are lifted here."""
     from torchvision.datasets import CIFAR10
 
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""kNN and linear probe against scikit-learn, on real digits; features against the network itself."""
+"""kNN and linear probe against scikit-learn, on real digits; features against the network."""
 
 import numpy as np
 import pytest

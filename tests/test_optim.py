@@ -38,7 +38,8 @@ def test_vectors_are_not_decayed() -> None:
 
 
 def test_lars_is_the_published_update() -> None:
-    """arXiv:1708.03888: local lr = trust |w| / (|g| + decay |w|) for weights; biases take plain momentum SGD."""
+    """arXiv:1708.03888: local lr = trust |w| / (|g| + decay |w|) for weights; biases take plain
+    momentum SGD."""
     torch.manual_seed(0)
     layer = nn.Linear(5, 3)
     weight, bias = (p.detach().clone() for p in (layer.weight, layer.bias))

@@ -1,4 +1,5 @@
-"""Run folders and checkpoints: nothing is overwritten, nothing is half written, nothing hostile is run."""
+"""Run folders and checkpoints: nothing is overwritten, nothing is half written, nothing hostile is
+run."""
 
 import pickle
 from dataclasses import replace

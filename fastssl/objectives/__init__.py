@@ -10,7 +10,8 @@ __all__ = ["DIET", "BarlowTwins", "Objective", "VICReg", "build_objective"]
 
 
 def build_objective(config: Config, *, features: int, num_samples: int) -> Objective:
-    """The objective that `config.method` names, for a backbone of `features` outputs and M = `num_samples` images."""
+    """The objective that `config.method` names, for a backbone of `features` outputs and M =
+    `num_samples` images."""
     c = config
     builders = {
         "barlow": lambda: BarlowTwins(features, c.projector_width, c.projector_layers, c.lambd),

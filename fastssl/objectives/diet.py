@@ -1,4 +1,5 @@
-"""DIET (arXiv:2302.10260): every image is its own class; a linear head, cross-entropy, label smoothing."""
+"""DIET (arXiv:2302.10260): every image is its own class; a linear head, cross-entropy, label
+smoothing."""
 
 from collections.abc import Sequence
 

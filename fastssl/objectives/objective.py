@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 
 class Objective(nn.Module):
-    """`forward(features, index)`: V tensors (N, F) and the images' indices (N,) -> scalars, "loss" among them."""
+    """`forward(features, index)`: V tensors (N, F) and the images' indices (N,) -> scalars, "loss"
+    among them."""
 
     def forward(self, features: Sequence[Tensor], index: Tensor) -> dict[str, Tensor]:
         raise NotImplementedError

@@ -1,4 +1,5 @@
-"""VICReg (arXiv:2105.04906): invariance, variance and covariance of the embeddings of two or more views."""
+"""VICReg (arXiv:2105.04906): invariance, variance and covariance of the embeddings of two or more
+views."""
 
 from collections.abc import Sequence
 
