@@ -59,9 +59,7 @@ def main() -> int:
             share = (end - time.monotonic()) / (len(suites) - number)
             _run_suite(suite, options, time.monotonic() + share)
     except BudgetSpent:
-        print(
-            f"the budget of {options.budget_s:.0f} s is spent; the results are in {options.out}"
-        )
+        print(f"the budget of {options.budget_s:.0f} s is spent; the results are in {options.out}")
     return 0
 
 

@@ -72,10 +72,11 @@ def build_backbone(name: str, *, stem: str = "imagenet", image_size: int = 224) 
 
 def _use_cifar_stem(model: nn.Module, name: str) -> None:
     """One 3x3 convolution of stride 1 and no pooling, as CIFAR ResNets have it."""
-    if not isinstance(getattr(model, "conv1", None), nn.Conv2d) or not hasattr(model, "maxpool"):
+    first = getattr(model, "conv1", None)
+    if not isinstance(first, nn.Conv2d) or not hasattr(model, "maxpool"):
         raise ValueError(
             f"stem 'cifar' is for ResNets with conv1 and maxpool, which {name} does not have"
         )
-    model.conv1 = nn.Conv2d(3, model.conv1.out_channels, 3, stride=1, padding=1, bias=False)  # type: ignore[union-attr]
-    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")  # type: ignore[arg-type]
-    model.maxpool = nn.Identity()
+    stem = nn.Conv2d(3, first.out_channels, 3, stride=1, padding=1, bias=False)
+    nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
+    model.conv1, model.maxpool = stem, nn.Identity()

@@ -6,6 +6,7 @@ import difflib
 import io
 import sys
 from dataclasses import fields
+from itertools import dropwhile, takewhile
 from pathlib import Path
 
 from rich.console import Console
@@ -118,30 +119,33 @@ def parse_config(recipe: str, flags: list[str]) -> Config:
     except SystemExit as stop:
         if not stop.code:
             raise
-        lines = [line.strip("│╭╮╰╯─ ") for line in complaint.getvalue().splitlines()]
-        reason = next((line for line in lines[1:] if line), "the flags cannot be read")
+        reason = _first_paragraph(complaint.getvalue()).removeprefix("Error parsing Config: ")
         raise UsageError(f"{reason}; see `fastssl train {recipe} --help`") from None
+
+
+def _first_paragraph(complaint: str) -> str:
+    """What tyro says below its title, between two rules or in a drawn box, as one line."""
+    lines = [line.strip("│| ") for line in complaint.splitlines()[1:]]
+    below = dropwhile(lambda line: not line.strip("─- "), lines)
+    return " ".join(takewhile(lambda line: line.strip("─- "), below)) or "the flags cannot be read"
 
 
 def print_accuracy(
     console: Console, accuracy: dict[str, dict[str, dict[str, float]]], rank: float
 ) -> None:
-    """The accuracy table: one row per representation, linear probe and kNN by labels per class."""
+    """The accuracy table: probe and labels per class down, kinds of features across."""
     if not accuracy:
         console.print(
             f"the data has no labels, so no accuracy; RankMe of the features {rank:.1f}",
             highlight=False,
         )
         return
-    names = list(next(iter(accuracy.values())))
-    table = RichTable("features", title="test accuracy by labels per class")
-    for name in names:
+    table = RichTable("probe", "labels per class", *accuracy, title="accuracy on held-out images")
+    for name in next(iter(accuracy.values())):
         probe, labels = name.rsplit("_", 1)
-        table.add_column(f"{probe}\n{labels}", justify="right")
-    for row, cells in accuracy.items():
-        values = [cells[name] for name in names]
-        table.add_row(
-            row, *(f"{v['mean']:.3f}" + (f" ±{v['std']:.3f}" if v["std"] else "") for v in values)
-        )
+        cells = [row[name] for row in accuracy.values()]
+        spread = [f" ±{c['std']:.3f}" if labels != "all" else "" for c in cells]
+        values = [f"{c['mean']:.3f}{s}" for c, s in zip(cells, spread, strict=True)]
+        table.add_row(probe, labels, *values)
     console.print(table)
     console.print(f"RankMe of the pretrained features {rank:.1f}", highlight=False)

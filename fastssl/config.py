@@ -112,14 +112,13 @@ class Config:
             "projector_width",
             "projector_layers",
             "batch_size",
+            "epochs",
         )
         for name in (*positive, "log_every", "checkpoint_every", "knn_k", "label_draws"):
             if getattr(self, name) < 1:
                 raise ValueError(
                     f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1"
                 )
-        if self.epochs < 0:
-            raise ValueError(f"--epochs is {self.epochs}: it must be at least 0")
         if not 0 < self.holdout < 1:
             raise ValueError(f"--holdout is {self.holdout}: it must lie between 0 and 1")
         if not 0 <= self.label_smoothing <= 1:

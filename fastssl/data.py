@@ -58,11 +58,13 @@ def load_labels(data: str, split: Split, *, holdout: float) -> Labels | None:
     return _folder_labels(path, split, holdout)
 
 
-def require_memory(
-    needed: int, what: str, remedy: str, device: torch.device | None = None
-) -> None:
+def require_memory(needed: int, what: str, remedy: str, device: torch.device | None = None) -> None:
     """ValueError where `what` needs more bytes than the device has free."""
-    free = torch.cuda.mem_get_info(device)[0] if device and device.type == "cuda" else _available_bytes()
+    free = (
+        torch.cuda.mem_get_info(device)[0]
+        if device and device.type == "cuda"
+        else _available_bytes()
+    )
     if needed > free:
         gib = 2**30
         raise ValueError(
@@ -92,7 +94,7 @@ def _existing(data: str) -> Path:
 
 
 def _split(rows: Any, split: Split, holdout: float) -> Any:
-    """The rows of one part; which rows are held out depends on their number alone, never on a seed."""
+    """The rows of one part; which ones are held out depends on their number, never on a seed."""
     count = len(rows)
     held_out = round(count * holdout)
     if held_out < 1 or held_out >= count:
@@ -149,7 +151,7 @@ def _npz_images(path: Path, split: Split, holdout: float) -> Images:
         key = "x_test" if own and split == "test" else "x_train"
         if key not in arrays.files:
             raise ValueError(
-                f"{path} has no array {key}; it needs x_train (M, S, S, 3), and y_train for evaluation"
+                f"{path} has no array {key}; it needs x_train (M, S, S, 3), for evaluation y_train"
             )
         images = arrays[key]
     if images.ndim == 3:
@@ -170,7 +172,7 @@ def _to_uint8(images: NDArray[Any], name: str) -> Images:
     bad = ~np.isfinite(images).all(axis=(1, 2, 3))
     if bad.any():
         raise ValueError(
-            f"{name} holds NaN or Inf in {bad.sum()} images, first in image {bad.argmax()}; repair them"
+            f"{name} holds NaN or Inf in {bad.sum()} images, the first at {bad.argmax()}; repair"
         )
     if images.min() < 0 or images.max() > 1:
         raise ValueError(
@@ -213,7 +215,7 @@ def _folder_labels(path: Path, split: Split, holdout: float) -> Labels | None:
         return None
     if strangers := sorted(set(names) - set(classes)):
         raise ValueError(
-            f"{path}: the test part has classes that the training part lacks: {', '.join(strangers)}"
+            f"{path}: the test part has classes the training part lacks: {', '.join(strangers)}"
         )
     numbers = {name: k for k, name in enumerate(sorted(set(classes)))}
     labels = np.array([numbers[name] for name in names], dtype=np.int64)

@@ -21,7 +21,7 @@ RAW_SIZE_PX = 32  # raw pixels are compared at no more than this, 3072 values
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Share of test images classified right, and its standard deviation over draws of the labels."""
+    """Share of test images classified right, and its deviation over draws of the labels."""
 
     mean: float
     std: float = 0.0
@@ -53,7 +53,7 @@ def extract_features(
 
 
 def raw_pixels(images: Images) -> Tensor:
-    """The images themselves as features: (M, 3 * S * S) float32 in [0, 1], S at most RAW_SIZE_PX."""
+    """The images themselves as features: (M, 3 S S) float32 in [0, 1], S at most RAW_SIZE_PX."""
     size = min(images.shape[1], RAW_SIZE_PX)
     parts = [
         _pixels(images[i : i + 1024], size, torch.device("cpu"))

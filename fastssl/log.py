@@ -74,7 +74,8 @@ class Log:
                 / max(1, step - self._start)
                 * (self._total - step)
             )
-            line = f"step {step}/{self._total}  loss {metrics['loss']:.4f}  {rate} views/s  {left:.0f} s left"
+            line = f"step {step}/{self._total}  loss {metrics['loss']:.4f}  {rate} views/s"
+            line += f"  {left:.0f} s left"
             self._console.print(line, highlight=False)
 
 

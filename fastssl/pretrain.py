@@ -1,6 +1,7 @@
 """One run from Config to summary: load, train, evaluate, write; and the evaluation again from the
 folder alone."""
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -15,14 +16,16 @@ from fastssl import run_folder
 from fastssl.backbones import build_backbone
 from fastssl.checkpoint import load_backbone, save_backbone
 from fastssl.config import Config, read_config
-from fastssl.data import Images, load_images, load_labels, require_memory
+from fastssl.data import Images, Split, load_images, load_labels, require_memory
 from fastssl.evaluate import Accuracy, evaluate_features, extract_features, raw_pixels
 from fastssl.log import draw_curves, read_metrics
 from fastssl.objectives import build_objective
 from fastssl.spectrum import rankme
 from fastssl.train import train
-from fastssl_pipelines import View, open_pipeline, policies
+from fastssl_pipelines import Pipeline, View, open_pipeline, policies
 
+RANKME_SAMPLES = 25_600  # enough, says arXiv:2210.02885, appendix G
+SPLITS: tuple[Split, Split] = ("train", "test")
 Table = dict[
     str, dict[str, Accuracy]
 ]  # "raw pixels" | "untrained" | "pretrained" -> name -> accuracy
@@ -63,14 +66,15 @@ def build_views(config: Config) -> tuple[View, ...]:
         raise ValueError(
             f"--policy {config.policy} has {len(views)} views, --views is {count}; make them equal"
         )
-    layout = {"channels_last": config.channels_last}
-    return tuple(replace(view, **layout) for view in views)
+    return tuple(replace(view, channels_last=config.channels_last) for view in views)
 
 
-def seeded_backbone(config: Config) -> nn.Module:
-    """The backbone with the weights that `config.seed` gives it, before any training."""
+def seeded_backbone(config: Config, device: torch.device) -> nn.Module:
+    """The backbone as `config.seed` initialises it, on `device`."""
     torch.manual_seed(config.seed)
-    return build_backbone(config.backbone, stem=config.stem, image_size=config.image_size)
+    net = build_backbone(config.backbone, stem=config.stem, image_size=config.image_size)
+    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+    return net.to(device).to(memory_format=layout)
 
 
 def pretrain(config: Config, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
@@ -82,68 +86,66 @@ def pretrain(config: Config, folder: Path, say: Callable[[str], None]) -> dict[s
     begin = time.perf_counter()
     resumed = run_folder.is_resumed(folder, config)
     device = choose_device(config.device)
-    views = build_views(config)
-    _require_memory_for_views(config, views, device)
-    images = load_images(config.data, "train", size=config.load_size, holdout=config.holdout)
-    if config.batch_size > len(images):
-        raise ValueError(
-            f"--batch-size {config.batch_size} is larger than the data set: {len(images)} images to train on"
-        )
-    pipeline = open_pipeline(
-        config.engine,
-        images,
-        views=views,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        device=device,
-    )
-    backbone = seeded_backbone(config)
-    objective = build_objective(config, features=backbone.num_features, num_samples=len(images))  # type: ignore[arg-type]
-    layout = torch.channels_last if config.channels_last else torch.contiguous_format
-    backbone.to(device, memory_format=layout)
-    objective.to(device)
+    images, pipeline = _open_data(config, device)
+    backbone = seeded_backbone(config, device)
+    features: int = backbone.num_features  # type: ignore[assignment]
+    objective = build_objective(config, features=features, num_samples=len(images)).to(device)
     run_folder.create(folder, config)
     say(f"{'resuming' if resumed else 'run'} {folder}")
-    say(
-        f"{len(images)} images, {len(pipeline)} batches of {config.batch_size} x {len(views)} views, on {device}"
-    )
-    load_s = time.perf_counter() - begin
+    batches = f"{len(pipeline)} batches of {config.batch_size} x {config.views} views"
+    say(f"{len(images)} images, {batches}, on {device}")
 
-    begin = time.perf_counter()
+    trained = time.perf_counter()
     views_per_s = train(config, pipeline, backbone, objective, device, folder)
-    train_s = time.perf_counter() - begin
     save_backbone(folder / "backbone.safetensors", backbone)
     draw_curves(read_metrics(folder / "metrics.jsonl"), folder.name, folder / "curves.png")
-
-    begin = time.perf_counter()
-    table, rank = evaluate(config, folder)
-    evaluate_s = time.perf_counter() - begin
+    evaluated = time.perf_counter()
+    table, rank = evaluate(config, folder, images)
     summary = {
-        "accuracy": {
-            row: {name: asdict(a) for name, a in cells.items()} for row, cells in table.items()
-        },
+        "accuracy": {row: {k: asdict(cell) for k, cell in table[row].items()} for row in table},
         "rankme": rank,
-        "load_s": round(load_s, 2),
-        "train_s": round(train_s, 2),
-        "evaluate_s": round(evaluate_s, 2),
+        "load_s": round(trained - begin, 2),
+        "train_s": round(evaluated - trained, 2),
+        "evaluate_s": round(time.perf_counter() - evaluated, 2),
         "views_per_s": round(views_per_s, 1),
         "images": len(images),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "versions": {name: _version(name) for name in ("fastssl-torch", "torch", "triton", "timm")},
         "config": asdict(config),
     }
-    run_folder.write_summary(folder, summary)
+    run_folder.write_text(folder / "summary.json", json.dumps(summary, indent=2))
     return summary
 
 
-def evaluate(config: Config, folder: Path) -> tuple[Table, float]:
-    """(the accuracy table, empty where the data has no labels; RankMe of the pretrained features)."""
-    device = choose_device(config.device)
-    train_images, test_images = (
-        load_images(config.data, split, size=config.load_size, holdout=config.holdout)
-        for split in ("train", "test")
+def _open_data(config: Config, device: torch.device) -> tuple[Images, Pipeline]:
+    """The training images and their pipeline; ValueError where a batch does not fit."""
+    views = build_views(config)
+    needed = sum(4 * config.batch_size * 3 * view.size**2 for view in views)  # float32
+    what = f"one batch of {config.batch_size} x {len(views)} views of {config.image_size} px"
+    require_memory(needed, what, "lower --image-size, --batch-size or --views", device)
+    images = load_images(config.data, "train", size=config.load_size, holdout=config.holdout)
+    if config.batch_size > len(images):
+        raise ValueError(
+            f"--batch-size {config.batch_size} is larger than the data set of {len(images)} images"
+        )
+    pipeline = open_pipeline(
+        *(config.engine, images),
+        views=views,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        device=device,
     )
-    backbone = seeded_backbone(config)
+    return images, pipeline
+
+
+def evaluate(config: Config, folder: Path, train_images: Images) -> tuple[Table, float]:
+    """(the accuracy table, empty where the data has no labels; RankMe of the pretrained features).
+
+    `train_images` is the training part of the run's data; the test part is read here.
+    """
+    device = choose_device(config.device)
+    test_images = load_images(config.data, "test", size=config.load_size, holdout=config.holdout)
+    backbone = seeded_backbone(config, device)
     view = build_views(config)[0]
 
     def features(images: Images) -> Tensor:
@@ -152,43 +154,31 @@ def evaluate(config: Config, folder: Path) -> tuple[Table, float]:
             backbone, images, image_size=size, mean=mean, std=std, device=device
         )
 
-    layout = torch.channels_last if config.channels_last else torch.contiguous_format
-    backbone.to(device, memory_format=layout)
     rows = {"raw pixels": (raw_pixels(train_images), raw_pixels(test_images))}
     rows["untrained"] = features(train_images), features(test_images)
     load_backbone(folder / "backbone.safetensors", backbone)
     rows["pretrained"] = features(train_images), features(test_images)
-    rank = rankme(rows["pretrained"][0][:25_600])
-    labels = [
-        load_labels(config.data, split, holdout=config.holdout) for split in ("train", "test")
-    ]
+    rank = rankme(rows["pretrained"][0][:RANKME_SAMPLES])
+    labels = [load_labels(config.data, split, holdout=config.holdout) for split in SPLITS]
     if labels[0] is None or labels[1] is None:
         return {}, rank
-    train_labels, test_labels = (torch.from_numpy(part) for part in labels)
-    options = {
-        "k": config.knn_k,
-        "temperature": config.knn_temperature,
-        "draws": config.label_draws,
-    }
-    table = {
-        row: evaluate_features(train_x, train_labels, test_x, test_labels, **options)
-        for row, (train_x, test_x) in rows.items()
-    }
+    train_labels, test_labels = torch.from_numpy(labels[0]), torch.from_numpy(labels[1])
+    table = {}
+    for row, (train_x, test_x) in rows.items():
+        table[row] = evaluate_features(
+            *(train_x, train_labels, test_x, test_labels),
+            k=config.knn_k,
+            temperature=config.knn_temperature,
+            draws=config.label_draws,
+        )
     return table, rank
 
 
 def evaluate_folder(folder: Path) -> tuple[Table, float]:
     """`evaluate` of a finished run, from its folder alone."""
-    return evaluate(read_config(folder), folder)
-
-
-def _require_memory_for_views(
-    config: Config, views: tuple[View, ...], device: torch.device
-) -> None:
-    """One batch of views, in float32, must fit before anything is loaded."""
-    needed = sum(4 * config.batch_size * 3 * view.size**2 for view in views)
-    what = f"one batch of {config.batch_size} x {len(views)} views of {config.image_size} px"
-    require_memory(needed, what, "lower --image-size, --batch-size or --views", device)
+    config = read_config(folder)
+    images = load_images(config.data, "train", size=config.load_size, holdout=config.holdout)
+    return evaluate(config, folder, images)
 
 
 def _version(name: str) -> str | None:

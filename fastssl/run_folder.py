@@ -1,11 +1,9 @@
 """A run's folder: config.json, metrics.jsonl, checkpoint/, backbone.safetensors, curves.png,
 summary.json."""
 
-import json
 import os
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from fastssl.config import Config, config_to_json, read_config
 
@@ -65,7 +63,3 @@ def write_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-
-
-def write_summary(folder: Path, summary: dict[str, Any]) -> None:
-    write_text(folder / "summary.json", json.dumps(summary, indent=2))

@@ -87,7 +87,7 @@ def train(
                     values = {name: value.item() for name, value in metrics.items()}
                     if not math.isfinite(values["loss"]):
                         raise NonFiniteLossError(
-                            f"the loss is {values['loss']} at step {step}; lower --lr, or raise --warmup-epochs"
+                            f"the loss is {values['loss']} at step {step}; try a lower --lr"
                         )
                     rate = seen / (time.perf_counter() - begin)
                     log.write(step, {"epoch": epoch, **values, "lr": lr, "views_per_s": rate})

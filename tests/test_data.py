@@ -150,7 +150,7 @@ def test_images_never_read_labels(tmp_path: Path) -> None:
         ({"x_train": np.zeros((4, 8))}, r"wanted \(M, S, S, 3\)"),
         ({"x_train": np.zeros((4, 8, 8, 3), np.int32)}, "wanted uint8"),
         ({"x_train": np.full((4, 8, 8, 3), 7.0)}, r"scale them to \[0, 1\]"),
-        ({"x_train": np.full((4, 8, 8, 3), np.nan)}, "NaN or Inf in 4 images, first in image 0"),
+        ({"x_train": np.full((4, 8, 8, 3), np.nan)}, "NaN or Inf in 4 images, the first at 0"),
     ],
 )
 def test_bad_arrays(arrays: dict[str, np.ndarray], message: str, tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_missing_empty_and_corrupt(tmp_path: Path) -> None:
 def test_test_classes_must_be_known(tmp_path: Path) -> None:
     write_images(tmp_path / "train" / "ant", 2)
     write_images(tmp_path / "test" / "wasp", 2)
-    with pytest.raises(ValueError, match="classes that the training part lacks: wasp"):
+    with pytest.raises(ValueError, match="classes the training part lacks: wasp"):
         load_labels(str(tmp_path), "test", holdout=0.2)
 
 

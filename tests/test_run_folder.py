@@ -55,7 +55,7 @@ def test_states_of_a_folder(tmp_path: Path) -> None:
         ValueError, match=r"holds another run \(--lr 0.003 there, 0.5 here\); pass another --run"
     ):
         run_folder.is_resumed(folder, replace(CONFIG, lr=0.5))
-    run_folder.write_summary(folder, {"accuracy": {}})
+    run_folder.write_text(folder / "summary.json", "{}")
     with pytest.raises(ValueError, match="finished"):
         run_folder.is_resumed(folder, CONFIG)
     stranger = tmp_path / "stranger"
@@ -74,7 +74,7 @@ def test_default_folders_are_numbered(tmp_path: Path) -> None:
     assert (
         run_folder.next_free(tmp_path, "digits", replace(CONFIG, seed=1)) == tmp_path / "digits-2"
     )
-    run_folder.write_summary(tmp_path / "digits", {})
+    run_folder.write_text(tmp_path / "digits" / "summary.json", "{}")
     assert run_folder.next_free(tmp_path, "digits", CONFIG) == tmp_path / "digits-2"
 
 
