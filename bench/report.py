@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,7 @@ def environment_line(stamp: Row) -> str:
 
 
 def timing_table(rows: list[Row]) -> str:
-    """Time, spread, ratio and memory by case and variant. On a CPU read the ratios: the machine is
-    shared."""
+    """Time, spread, ratio and memory by case and variant; on a CPU only the ratios mean much."""
     graphs = any(row.get("graph_ms") for row in rows)
     head = [
         "case",
@@ -56,25 +56,29 @@ def timing_table(rows: list[Row]) -> str:
     return markdown([head[k] for k in keep], [[line[k] for k in keep] for line in lines])
 
 
+PROBES = ("linear_all", "knn_all", "linear_10", "knn_10", "linear_1", "knn_1")
+
+
 def accuracy_table(rows: list[Row]) -> str:
-    """Accuracies and seconds by run."""
-    columns = [
-        "train_s",
-        "views_per_s",
-        "raw pixels_linear_10",
-        "pretrained_linear_10",
-        "pretrained_linear_all",
-    ]
-    columns += ["pretrained_knn_all"]
-    lines = []
-    for row in rows:
-        cells = (
-            [row.get("failed", "")]
-            if "failed" in row
-            else [f"{row[c]:.4g}" if c in row else "" for c in columns]
-        )
-        lines.append([row["case"], str(row["parameters"]["seed"]), *cells])
-    return markdown(["recipe", "seed", *columns], lines)
+    """One line per recipe and kind of feature: accuracies and seconds, mean and deviation over seeds.
+
+    `linear_10` is the linear probe with 10 labels per class.
+    """
+    head = ["recipe", "n", "training s", "features", *(probe.replace("_", " ") for probe in PROBES)]
+    lines = [[row["case"], "failed", row["failed"]] for row in rows if "failed" in row]
+    runs = [row for row in rows if "failed" not in row]
+    for case in dict.fromkeys(row["case"] for row in runs):
+        seeds = [row for row in runs if row["case"] == case]
+        for feature in ("raw pixels", "untrained", "pretrained"):
+            cells = [_mean_and_deviation([s[f"{feature}_{p}"] for s in seeds], 3) for p in PROBES]
+            seconds = _mean_and_deviation([s["train_s"] for s in seeds], 1)
+            lines.append([case, str(len(seeds)), seconds, feature, *cells])
+    return markdown(head, lines)
+
+
+def _mean_and_deviation(values: list[float], digits: int) -> str:
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
 def markdown(head: list[str], lines: list[list[str]]) -> str:

@@ -11,7 +11,7 @@ import torch
 
 from bench.__main__ import timed_rows
 from bench.measure import Case, environment, measure, quartiles
-from bench.report import accuracy_table, environment_line, plot_ratios, read_results, timing_table
+from bench.report import PROBES, accuracy_table, environment_line, plot_ratios, read_results, timing_table
 
 ROOT = Path(__file__).parents[1]
 
@@ -102,13 +102,18 @@ def test_report(tmp_path: Path) -> None:
     )
     plot_ratios(read, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
-    run = {
-        "case": "digits-diet",
-        "parameters": {"seed": 0},
-        "train_s": 12.0,
-        "pretrained_linear_10": 0.95,
-    }
-    assert "| digits-diet | 0 | 12 |" in accuracy_table([run])
+
+
+def test_accuracy_table_is_the_mean_over_seeds() -> None:
+    features = ("raw pixels", "untrained", "pretrained")
+    runs = [
+        {"case": "digits-diet", "parameters": {"seed": seed}, "train_s": 12.0}
+        | {f"{f}_{p}": value for f in features for p in PROBES}
+        for seed, value in enumerate((0.90, 0.94))
+    ]
+    table = accuracy_table(runs)
+    assert "| digits-diet | 2 | 12.0 ± 0.0 | pretrained | 0.920 ± 0.028 |" in table
+    assert table.count("\n") == 4
 
 
 @pytest.mark.slow
