@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from fastssl import run_folder
 from fastssl.config import Config
 from fastssl.recipes import RECIPES, find_recipe
 
@@ -52,13 +53,12 @@ def run(arguments: list[str]) -> int:
 
 
 def _train(arguments: list[str]) -> None:
-    from fastssl import run_folder
-    from fastssl.pretrain import pretrain
-
     if not arguments or arguments[0].startswith("-"):
         raise UsageError(f"fastssl train needs a recipe first; there are {', '.join(RECIPES)}")
     recipe, *flags = arguments
     config = parse_config(recipe, flags)
+    from fastssl.pretrain import pretrain  # torch and all: only once the command line is right
+
     folder = Path(config.run) if config.run else run_folder.next_free(Path("runs"), recipe, config)
     console = Console()
     summary = pretrain(config, folder, lambda line: console.print(line, highlight=False))
