@@ -15,6 +15,7 @@ from rich.table import Table as RichTable
 from fastssl import run_folder
 from fastssl.config import Config
 from fastssl.recipes import RECIPES, find_recipe
+from fastssl.signals import Interrupted, stop_signals
 
 USAGE = """usage: fastssl COMMAND ...
 
@@ -45,7 +46,11 @@ def run(arguments: list[str]) -> int:
     try:
         if arguments[0] not in commands:
             raise UsageError(f"unknown command {arguments[0]!r}; there are {', '.join(commands)}")
-        commands[arguments[0]](arguments[1:])
+        with stop_signals():
+            commands[arguments[0]](arguments[1:])
+    except Interrupted as stop:
+        print(f"fastssl: {stop}; the same command resumes the run", file=sys.stderr)
+        return stop.exit_code
     except (ValueError, ArithmeticError, OSError) as error:
         print(f"fastssl: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

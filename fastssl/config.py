@@ -95,8 +95,8 @@ class Config:
     """Run folder; by default runs/RECIPE, with a number behind it where that one is taken."""
     log_every: int = 20
     """Steps between two readings of the metrics, the only syncs with the device."""
-    checkpoint_every: int = 10
-    """Epochs between two checkpoints."""
+    checkpoint_s: float = 60.0
+    """Seconds between two checkpoints; more where saving would take over 2 % of the time."""
     knn_k: int = 20
     """Neighbours of the kNN classifier."""
     knn_temperature: float = 0.07
@@ -114,7 +114,7 @@ class Config:
             "batch_size",
             "epochs",
         )
-        for name in (*positive, "log_every", "checkpoint_every", "knn_k", "label_draws"):
+        for name in (*positive, "log_every", "knn_k", "label_draws"):
             if getattr(self, name) < 1:
                 raise ValueError(
                     f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1"

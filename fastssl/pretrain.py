@@ -96,7 +96,7 @@ def pretrain(config: Config, folder: Path, say: Callable[[str], None]) -> dict[s
     say(f"{len(images)} images, {batches}, on {device}")
 
     trained = time.perf_counter()
-    views_per_s = train(config, pipeline, backbone, objective, device, folder)
+    views_per_s = train(config, pipeline, backbone, objective, device, folder, say)
     save_backbone(folder / "backbone.safetensors", backbone)
     draw_curves(read_metrics(folder / "metrics.jsonl"), folder.name, folder / "curves.png")
     evaluated = time.perf_counter()

@@ -5,7 +5,7 @@ Shapes: N batch, C channels, S pixels per side, F features, V views.
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from fastssl.config import Config
 from fastssl.log import Log
 from fastssl.objectives import Objective
 from fastssl.optim import build_optimizer, learning_rate
+from fastssl.signals import stop_signals
 from fastssl_pipelines import Pipeline
 
 
@@ -25,8 +26,7 @@ class NonFiniteLossError(ArithmeticError):
 
 
 def view_features(backbone: nn.Module, views: Sequence[Tensor]) -> list[Tensor]:
-    """V tensors (N, C, S, S) -> V tensors (N, F), the backbone run once per group of adjacent
-    equal-sized views."""
+    """V tensors (N, C, S, S) -> V tensors (N, F), one pass per group of adjacent equal-sized views."""
     features: list[Tensor] = []
     for _, group in groupby(views, key=lambda view: view.shape[-1]):
         same = list(group)
@@ -41,37 +41,45 @@ def train(
     objective: Objective,
     device: torch.device,
     folder: Path,
+    say: Callable[[str], None],
 ) -> float:
-    """Pretrain `backbone` and `objective` in place; reports and checkpoints go to `folder`. Returns
-    views/s.
+    """Pretrain `backbone` and `objective` in place; returns views/s.
 
-    A checkpoint in the folder is resumed. Raises NonFiniteLossError where the loss is NaN or
-    infinite.
+    Reports and checkpoints go to `folder`; a checkpoint found there is resumed, to the same weights
+    as without the interruption. On SIGINT, SIGTERM or SIGUSR1 the step at hand is finished and
+    saved, then Interrupted is raised. Raises NonFiniteLossError where the loss is NaN or infinite.
     """
-    total = config.epochs * len(pipeline)
-    warmup = round(config.warmup_epochs * len(pipeline))
+    total, warmup = config.epochs * len(pipeline), round(config.warmup_epochs * len(pipeline))
+    modules = nn.ModuleDict({"backbone": backbone, "objective": objective}).train()
     optimizer = build_optimizer(config, [backbone, objective])
-    saved = load_checkpoint(folder / "checkpoint", device)
-    first_epoch = 0
-    if saved:
-        backbone.load_state_dict(saved["backbone"])
-        objective.load_state_dict(saved["objective"])
+    step = 0
+    if saved := load_checkpoint(folder / "checkpoint", device, say):
+        modules.load_state_dict(saved["modules"])
         optimizer.load_state_dict(saved["optimizer"])
-        torch.set_rng_state(saved["random"].cpu())
-        first_epoch = saved["epoch"]
+        _set_random_state(saved["random"], device)
+        step = saved["step"]
+        say(f"resumed at step {step} of {total}")
 
     def forward(views: Sequence[Tensor], index: Tensor) -> dict[str, Tensor]:
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
             return objective(view_features(backbone, views), index)
 
+    def save() -> None:
+        state = {
+            "modules": modules.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "random": _random_state(device),
+            "step": step,
+        }
+        save_checkpoint(folder / "checkpoint", step, state)
+
     compiled = torch.compile(forward) if config.compile else forward
-    backbone.train()
-    objective.train()
-    step = first_epoch * len(pipeline)
+    clock = _SaveClock(config.checkpoint_s)
     begin, seen = time.perf_counter(), 0
-    with Log(folder / "metrics.jsonl", total, step) as log:
-        for epoch in range(first_epoch, config.epochs):
-            for batch in pipeline.epoch(epoch):
+    with Log(folder / "metrics.jsonl", total, step) as log, stop_signals() as stop, stop.held():
+        while step < total:
+            epoch, batches = divmod(step, len(pipeline))
+            for batch in pipeline.epoch(epoch, skip=batches):
                 lr = learning_rate(
                     step, total=total, warmup=warmup, peak=config.lr, final=config.final_lr
                 )
@@ -91,13 +99,36 @@ def train(
                         )
                     rate = seen / (time.perf_counter() - begin)
                     log.write(step, {"epoch": epoch, **values, "lr": lr, "views_per_s": rate})
-            if (epoch + 1) % config.checkpoint_every == 0 or epoch + 1 == config.epochs:
-                state = {
-                    "backbone": backbone.state_dict(),
-                    "objective": objective.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "random": torch.get_rng_state(),
-                    "epoch": epoch + 1,
-                }
-                save_checkpoint(folder / "checkpoint", state)
+                if clock.is_due() or stop.received or step == total:
+                    clock.time(save)
+                stop.check()
     return seen / max(time.perf_counter() - begin, 1e-9)
+
+
+class _SaveClock:
+    """Says when to save: `every_s` seconds after the last time, or later, to stay under 2 % of the
+    time."""
+
+    def __init__(self, every_s: float):
+        self._every_s = every_s
+        self._last, self._cost_s = time.monotonic(), 0.0
+
+    def is_due(self) -> bool:
+        return time.monotonic() - self._last >= max(self._every_s, 50 * self._cost_s)
+
+    def time(self, save: Callable[[], None]) -> None:
+        begin = time.monotonic()
+        save()
+        self._last = time.monotonic()
+        self._cost_s = self._last - begin
+
+
+def _random_state(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+
+
+def _set_random_state(states: list[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0].cpu())
+    if device.type == "cuda" and len(states) > 1:
+        torch.cuda.set_rng_state(states[1].cpu(), device)
