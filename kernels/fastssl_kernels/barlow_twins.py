@@ -2,9 +2,20 @@
 
     L = sum_i (C_ii - 1)^2 + lambd * sum_{i != j} C_ij^2,   C = ha^T hb / N
 
-`h` is a view with its columns standardised: mean 0, and divided by sqrt(biased variance + eps).
+`h` is a view with its columns standardised: mean 0, divided by sqrt(biased variance + eps). For
+more than two views, "pairs" takes the mean over all pairs and "mean" compares each with the mean of
+all (arXiv:2312.10725): with m = mean_v h_v,
 
-Shapes: N batch, D embedding, V views.
+    L = mean_v sum_i ((h_v^T m / N)_ii - 1)^2 + lambd * sum_{i != j} (m^T m / N)_ij^2
+
+The gradient. With gram.py's P_a for the sum over C_ij^2, dL/dh_a = alpha P_a + sum_b w_ab h_b in
+each column. The standardisation's backward subtracts h_a times the column mean of dL/dh_a * h_a
+(the mean of dL/dh_a itself is 0, as the columns of every h are centred) and divides by the standard
+deviation. So everything but P_a is in one table:
+
+    dL/dz_a = scale_a P_a + sum_b coef_ab (z_b - mean_b)
+
+Shapes: V views, N batch, n rows of this rank, D embedding.
 """
 
 from collections.abc import Sequence
@@ -14,7 +25,23 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fastssl_kernels._columns import (
+    accumulation_dtype,
+    centred,
+    column_dots,
+    cross_dots,
+    row_chunks,
+)
+from fastssl_kernels._group import gather_batch, group_name, row_counts, sum_ranks
 from fastssl_kernels._views import stack_views
+from fastssl_kernels.gram import (
+    Path,
+    check_path,
+    choose_path,
+    energy_and_product,
+    no_gradient,
+    wants_gradient,
+)
 
 Pairing = Literal["pairs", "mean"]
 
@@ -36,22 +63,6 @@ def barlow_twins_loss_reference(
     return on + lambd * _off_diagonal(mean.T @ mean / len(mean)).square().sum()
 
 
-def barlow_twins_loss(
-    views: Tensor | Sequence[Tensor],
-    *,
-    lambd: float = 0.0051,
-    eps: float = 1e-5,
-    pairing: Pairing = "pairs",
-    group: Any = None,
-) -> Tensor:
-    """Barlow Twins loss of views (V, N, D), or of a sequence of V tensors (N, D) -> () float32."""
-    z = stack_views(views, "barlow_twins_loss")
-    if group is not None:
-        raise NotImplementedError("group= arrives with the fused path")
-    loss = barlow_twins_loss_reference(z, lambd=lambd, eps=eps, pairing=pairing)
-    return loss if z.dtype == torch.float64 else loss.float()
-
-
 def _standardized(z: Tensor, eps: float) -> Tensor:
     return (z - z.mean(0)) / (z.var(0, unbiased=False) + eps).sqrt()
 
@@ -62,3 +73,170 @@ def _off_diagonal(c: Tensor) -> Tensor:
 
 def _penalty(c: Tensor, lambd: float) -> Tensor:
     return (c.diagonal() - 1).square().sum() + lambd * _off_diagonal(c).square().sum()
+
+
+def barlow_twins_loss(
+    views: Tensor | Sequence[Tensor],
+    *,
+    lambd: float = 0.0051,
+    eps: float = 1e-5,
+    pairing: Pairing = "pairs",
+    path: Path = "auto",
+    group: Any = None,
+) -> Tensor:
+    """Barlow Twins loss of views (V, N, D), or of a sequence of V tensors (N, D) -> ().
+
+    lambd: weight of the off-diagonal terms. eps: added to the biased variance of each column.
+    pairing: for V > 2 views, the mean over "pairs", or each against the "mean" of all.
+    path: "gram" | "direct", "auto" for the one that multiplies less, or "eager", the reference.
+    group: ranks whose rows form one batch. Statistics and loss are the whole batch's, and so is the
+        gradient after data-parallel averaging (`_group` has the contract).
+
+    Takes float64, 32, 16 or bfloat16, V >= 2, N >= 2; returns float32 (float64 for float64).
+    ValueError on other shapes, dtypes, mixed devices, an unknown path or pairing, a foreign group.
+    Source: arXiv:2103.03230, eq. 1; "mean": arXiv:2312.10725.
+    """
+    name = "barlow_twins_loss"
+    z = stack_views(views, name)
+    check_path(path, name)
+    if pairing not in ("pairs", "mean"):
+        raise ValueError(f"{name}: pairing is {pairing!r}; choose 'pairs' or 'mean'")
+    ranks = group_name(group, name)
+    if path == "eager":
+        batch = gather_batch(z, ranks)
+        loss = barlow_twins_loss_reference(batch, lambd=lambd, eps=eps, pairing=pairing)
+        return loss.to(accumulation_dtype(z))
+    by_mean = pairing == "mean" and len(z) > 2
+    return _loss(z.contiguous(), lambd, eps, by_mean, path, ranks, wants_gradient(z))[0]
+
+
+@torch.library.custom_op("fastssl::barlow_twins", mutates_args=())
+def _loss(
+    z: Tensor, lambd: float, eps: float, by_mean: bool, path: str, group: str, gradient: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, P (V or 1, n, D), mean (V, D), scale (V, D), coef (V, V, D)), see the file's head.
+
+    All but the loss are for the backward pass, and empty where no gradient is wanted.
+    """
+    rows = row_counts(z, group)
+    total = sum(rows)
+    way = choose_path(path, z[:1] if by_mean else z, total, pairs=not by_mean)
+    with torch.autocast(z.device.type, enabled=False):
+        mean, h = centred(z, total, group)
+        c = sum_ranks(cross_dots(h), group) / total  # (V, V, D) covariance, then correlation
+        rstd = (c.diagonal().T + eps).rsqrt()  # (V, D)
+        c *= rstd[:, None] * rstd[None]
+        h *= rstd[:, None]
+        x = h.mean(0, keepdim=True) if by_mean else h
+        energy, product = energy_and_product(
+            x.to(_operand_dtype(z)),
+            rows,
+            pairs=not by_mean,
+            path=way,
+            scale=1 / total,
+            group=group,
+            product=gradient,
+        )
+        terms = _mean_terms if by_mean else _pair_terms
+        loss, alpha, w = terms(c, energy, lambd, total, kept=way == "gram")
+        if not gradient:
+            return no_gradient(loss)
+        pull = sum_ranks(column_dots(product, h), group)  # (V, D)
+        t = alpha / total * pull + (w * c).sum(1)  # (V, D) column means of dL/dh_a * h_a
+        for a in range(len(z)):
+            w[a, a] -= t[a]
+        world = len(rows)  # data-parallel averaging divides by it again
+        return (
+            loss,
+            product,
+            mean,
+            rstd * (alpha * world),
+            w * (rstd[:, None] * rstd[None] * world),
+        )
+
+
+def _operand_dtype(z: Tensor) -> torch.dtype:
+    """What the matrix products read: z's own dtype on a GPU, never less than float32 on a CPU."""
+    return z.dtype if z.is_cuda else accumulation_dtype(z)
+
+
+def _pair_terms(
+    c: Tensor, energy: Tensor, lambd: float, total: int, kept: bool
+) -> tuple[Tensor, float, Tensor]:
+    """(loss, alpha, w (V, V, D)) for all pairs. `kept`: the energy still holds the diagonals."""
+    views = len(c)
+    pairs = views * (views - 1) / 2
+    apart = ~torch.eye(views, dtype=torch.bool, device=c.device)[..., None]  # a != b
+    on = torch.where(apart, (c - 1).square() - lambd * kept * c.square(), 0).sum() / 2
+    w = torch.where(apart, c - 1 - lambd * kept * c, 0) * (2 / (total * pairs))
+    return (on + lambd * energy) / pairs, 2 * lambd / (total * pairs), w
+
+
+def _mean_terms(
+    c: Tensor, energy: Tensor, lambd: float, total: int, kept: bool
+) -> tuple[Tensor, float, Tensor]:
+    """(loss, alpha, w (V, V, D)) for each view against the mean of all, as `_pair_terms`."""
+    views = len(c)
+    to_mean = c.mean(1)  # (V, D): (h_v^T m / N)_ii
+    own = to_mean.mean(0)  # (D,): (m^T m / N)_ii
+    off = energy - own.square().sum() if kept else energy
+    loss = (to_mean - 1).square().sum() / views + lambd * off
+    w = to_mean[:, None] + to_mean[None] - 2 - 2 * lambd * kept * own
+    return loss, 4 * lambd / (total * views), w * (2 / (views**2 * total))
+
+
+@_loss.register_fake
+def _(
+    z: Tensor, lambd: float, eps: float, by_mean: bool, path: str, group: str, gradient: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    views, n, width = z.shape
+    dtype = accumulation_dtype(z)
+    loss = z.new_empty((), dtype=dtype)
+    if not gradient:
+        return no_gradient(loss)
+    return (
+        loss,
+        z.new_empty((1 if by_mean else views, n, width), dtype=_operand_dtype(z)),
+        z.new_empty((views, width), dtype=dtype),
+        z.new_empty((views, width), dtype=dtype),
+        z.new_empty((views, views, width), dtype=dtype),
+    )
+
+
+@torch.library.custom_op("fastssl::barlow_twins_backward", mutates_args=())
+def _gradient(
+    grad: Tensor, z: Tensor, product: Tensor, mean: Tensor, scale: Tensor, coef: Tensor
+) -> Tensor:
+    """grad * dL/dz, (V, n, D) in z's dtype."""
+    out = torch.empty_like(z)
+    with torch.autocast(z.device.type, enabled=False):
+        scale, coef = scale * grad, coef * grad
+        product = product.expand(z.shape)
+        for r in row_chunks(z):
+            x = z[:, r] - mean[:, None]
+            for a in range(len(z)):
+                rows = product[a, r] * scale[a]
+                for b in range(len(z)):
+                    rows.addcmul_(x[b], coef[a, b])
+                out[a, r] = rows
+    return out
+
+
+@_gradient.register_fake
+def _(
+    grad: Tensor, z: Tensor, product: Tensor, mean: Tensor, scale: Tensor, coef: Tensor
+) -> Tensor:
+    return torch.empty_like(z)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(inputs[0], *output[1:])
+
+
+def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    dz = None if grad is None else _gradient(grad, *ctx.saved_tensors)
+    return dz, None, None, None, None, None, None
+
+
+_loss.register_autograd(_backward, setup_context=_save)

@@ -6,7 +6,14 @@
 
 var and cov are unbiased. V > 2 views: mean over pairs, mean over views, 2 / V times the sum.
 
-Shapes: N batch, D embedding, V views.
+The gradient. With gram.py's P_a = x_a x_a^T x_a / (N - 1) of the centred view x_a, per column:
+
+    dL/dz_a = alpha P_a + own_a (z_a - mean_a) + pull (z_a - mean_v z_v)
+
+`own` holds the hinge and, on the Gram path, minus the covariance's diagonal. The centring needs no
+backward pass: the columns of P_a and of z_a - mean_a sum to 0 already.
+
+Shapes: V views, N batch, n rows of this rank, D embedding.
 """
 
 from collections.abc import Sequence
@@ -17,7 +24,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastssl_kernels._columns import accumulation_dtype, centred, column_dots, row_chunks
+from fastssl_kernels._group import gather_batch, group_name, row_counts, sum_ranks
 from fastssl_kernels._views import stack_views
+from fastssl_kernels.gram import (
+    Path,
+    check_path,
+    choose_path,
+    energy_and_product,
+    no_gradient,
+    wants_gradient,
+)
 
 
 def vicreg_loss_reference(
@@ -31,11 +48,29 @@ def vicreg_loss_reference(
 ) -> Tensor:
     """(V, N, D) -> (): the formula above in eager PyTorch. Any device, any dtype."""
     views = list(views)
-    invariance = torch.stack([F.mse_loss(a, b) for a, b in combinations(views, 2)]).mean()
-    std = [(z.var(0) + eps).sqrt() for z in views]
-    variance = torch.stack([F.relu(gamma - s).mean() for s in std]).mean()
     covariance = 2 * torch.stack([_off_diagonal_energy(z) for z in views]).mean()
-    return sim_coeff * invariance + std_coeff * variance + cov_coeff * covariance
+    return (
+        sim_coeff * invariance(views)
+        + std_coeff * variance(views, gamma, eps)
+        + cov_coeff * covariance
+    )
+
+
+def invariance(views: Sequence[Tensor]) -> Tensor:
+    """The mean over pairs of the mean squared difference, V x (N, D) -> ()."""
+    return torch.stack([F.mse_loss(a, b) for a, b in combinations(views, 2)]).mean()
+
+
+def variance(views: Sequence[Tensor], gamma: float, eps: float) -> Tensor:
+    """The mean over views and columns of relu(gamma - std), V x (N, D) -> ()."""
+    return torch.stack([F.relu(gamma - (z.var(0) + eps).sqrt()).mean() for z in views]).mean()
+
+
+def _off_diagonal_energy(z: Tensor) -> Tensor:
+    """sum_{i != j} cov_ij^2 / D of one view (N, D)."""
+    x = z - z.mean(0)
+    cov = x.T @ x / (len(x) - 1)  # (D, D)
+    return (cov - torch.diag(cov.diagonal())).square().sum() / len(cov)
 
 
 def vicreg_loss(
@@ -46,20 +81,171 @@ def vicreg_loss(
     cov_coeff: float = 1.0,
     gamma: float = 1.0,
     eps: float = 1e-4,
+    path: Path = "auto",
     group: Any = None,
 ) -> Tensor:
-    """VICReg loss of V views (V, N, D), or of a sequence of V tensors (N, D) -> () float32."""
-    z = stack_views(views, "vicreg_loss")
-    if group is not None:
-        raise NotImplementedError("group= arrives with the fused path")
-    loss = vicreg_loss_reference(
-        z, sim_coeff=sim_coeff, std_coeff=std_coeff, cov_coeff=cov_coeff, gamma=gamma, eps=eps
+    """VICReg loss of views (V, N, D), or of a sequence of V tensors (N, D) -> ().
+
+    sim_coeff, std_coeff, cov_coeff: weights of invariance, variance, covariance.
+    gamma: the standard deviation that the hinge asks for. eps: added to the unbiased variance.
+    path: "gram" | "direct", "auto" for the one that multiplies less, or "eager", the reference.
+    group: ranks whose rows form one batch. Statistics and loss are the whole batch's, and so is the
+        gradient after data-parallel averaging (`_group` has the contract).
+
+    Takes float64, 32, 16 or bfloat16, V >= 2, N >= 2; returns float32 (float64 for float64).
+    ValueError on other shapes, dtypes, mixed devices, an unknown path, a foreign group.
+    Source: arXiv:2105.04906, eq. 1-6, with the official code's halved variance term.
+    """
+    name = "vicreg_loss"
+    z = stack_views(views, name)
+    check_path(path, name)
+    ranks = group_name(group, name)
+    weights = (sim_coeff, std_coeff, cov_coeff, gamma, eps)
+    if path == "eager":
+        keywords = ("sim_coeff", "std_coeff", "cov_coeff", "gamma", "eps")
+        loss = vicreg_loss_reference(
+            gather_batch(z, ranks), **dict(zip(keywords, weights, strict=True))
+        )
+        return loss.to(accumulation_dtype(z))
+    return _loss(z.contiguous(), *weights, path, ranks, wants_gradient(z))[0]
+
+
+@torch.library.custom_op("fastssl::vicreg", mutates_args=())
+def _loss(
+    z: Tensor,
+    sim_coeff: float,
+    std_coeff: float,
+    cov_coeff: float,
+    gamma: float,
+    eps: float,
+    path: str,
+    group: str,
+    gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, P (V, n, D), mean (V, D), own (V, D), [alpha, pull] (2,)), see the file's head.
+
+    All but the loss are for the backward pass, and empty where no gradient is wanted.
+    """
+    rows = row_counts(z, group)
+    total, world = sum(rows), len(rows)
+    views, _, width = z.shape
+    way = choose_path(path, z, total, pairs=False)
+    kept = way == "gram"  # the energy holds the diagonals, sum_i var_i^2
+    with torch.autocast(z.device.type, enabled=False):
+        mean, x = centred(z, total, group)
+        var = sum_ranks(column_dots(x, x), group) / (total - 1)  # (V, D)
+        energy, product = energy_and_product(
+            x.to(_operand_dtype(z)),
+            rows,
+            pairs=False,
+            path=way,
+            scale=1 / (total - 1),
+            group=group,
+            product=gradient,
+        )
+        std = (var + eps).sqrt()
+        apart = sum_ranks(_squared_distances(z), group) / (total * width)
+        off = energy - var.square().sum() if kept else energy
+        cov_weight = 2 * cov_coeff / (views * width)
+        std_weight = std_coeff / (views * width)
+        loss = (
+            2 * sim_coeff / (views * (views - 1)) * apart
+            + std_weight * F.relu(gamma - std).sum()
+            + cov_weight * off
+        )
+        if not gradient:
+            return no_gradient(loss)
+        alpha = 4 * cov_weight * world / (total - 1)  # averaging over ranks divides by world again
+        hinge = torch.where(std < gamma, std_weight * world / (total - 1) / std, 0)
+        pull = 4 * sim_coeff * world / ((views - 1) * total * width)
+        own = -hinge - alpha * kept * var
+        factors = torch.cat([own.new_full((1,), alpha), own.new_full((1,), pull)])
+        return loss, product, mean, own, factors
+
+
+def _operand_dtype(z: Tensor) -> torch.dtype:
+    """What the matrix products read. Not float16: z is not standardised, x x^T could overflow."""
+    return z.dtype if z.is_cuda and z.dtype == torch.bfloat16 else accumulation_dtype(z)
+
+
+def _squared_distances(z: Tensor) -> Tensor:
+    """sum_{a < b} ||z_a - z_b||^2, (V, n, D) -> (), from the distances to view 0."""
+    views, parts = len(z), []
+    for r in row_chunks(z):
+        apart = _from_first(z[:, r])
+        parts.append(views * apart.square().sum() - apart.sum(0).square().sum())
+    return torch.stack(parts).sum()
+
+
+def _from_first(z: Tensor) -> Tensor:
+    """z_a - z_0 for a >= 1, (V, n, D) -> (V - 1, n, D): exact where views are close."""
+    dtype = accumulation_dtype(z)
+    return z[1:].to(dtype) - z[0].to(dtype)
+
+
+@_loss.register_fake
+def _(
+    z: Tensor,
+    sim_coeff: float,
+    std_coeff: float,
+    cov_coeff: float,
+    gamma: float,
+    eps: float,
+    path: str,
+    group: str,
+    gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dtype = accumulation_dtype(z)
+    loss = z.new_empty((), dtype=dtype)
+    if not gradient:
+        return no_gradient(loss)
+    columns = (z.shape[0], z.shape[2])
+    return (
+        loss,
+        z.new_empty(z.shape, dtype=_operand_dtype(z)),
+        z.new_empty(columns, dtype=dtype),
+        z.new_empty(columns, dtype=dtype),
+        z.new_empty(2, dtype=dtype),
     )
-    return loss if z.dtype == torch.float64 else loss.float()
 
 
-def _off_diagonal_energy(z: Tensor) -> Tensor:
-    """sum_{i != j} cov_ij^2 / D of one view (N, D)."""
-    x = z - z.mean(0)
-    cov = x.T @ x / (len(x) - 1)  # (D, D)
-    return (cov - torch.diag(cov.diagonal())).square().sum() / len(cov)
+@torch.library.custom_op("fastssl::vicreg_backward", mutates_args=())
+def _gradient(
+    grad: Tensor, z: Tensor, product: Tensor, mean: Tensor, own: Tensor, factors: Tensor
+) -> Tensor:
+    """grad * dL/dz, (V, n, D) in z's dtype."""
+    out = torch.empty_like(z)
+    with torch.autocast(z.device.type, enabled=False):
+        own = own * grad
+        alpha, pull = factors * grad
+        for r in row_chunks(z):
+            apart = _from_first(z[:, r])
+            centre = apart.sum(0) / len(z)  # mean_v z_v - z_0
+            for a in range(len(z)):
+                rows = product[a, r] * alpha
+                rows.addcmul_(z[a, r] - mean[a], own[a])
+                rows -= centre * pull
+                if a:
+                    rows += apart[a - 1] * pull
+                out[a, r] = rows
+    return out
+
+
+@_gradient.register_fake
+def _(
+    grad: Tensor, z: Tensor, product: Tensor, mean: Tensor, own: Tensor, factors: Tensor
+) -> Tensor:
+    return torch.empty_like(z)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(inputs[0], *output[1:])
+
+
+def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    dz = None if grad is None else _gradient(grad, *ctx.saved_tensors)
+    return dz, *(None,) * 8
+
+
+_loss.register_autograd(_backward, setup_context=_save)

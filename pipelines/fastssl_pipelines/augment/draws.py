@@ -41,10 +41,11 @@ SIDE, PATCHED, PATCH, RATIO_LOW, RATIO_HIGH = 0, 1, 2, 3, 4
 FLIP_P, JITTER_P, GRAY_P, BLUR_P, SOLARIZE_P, THRESHOLD, ERASE_P = 5, 6, 7, 8, 9, 10, 11
 AREA, LOG_RATIO, BRIGHTNESSES, CONTRASTS, SATURATIONS, HUES, SIGMAS = 12, 14, 16, 18, 20, 22, 24
 ERASE_AREA, ERASE_LOG_RATIO = 26, 28
+MEAN, STD = 30, 33
 
 
 def view_numbers(view: View) -> tuple[float, ...]:
-    """`view` as the numbers that `draw_view` reads."""
+    """`view` as the numbers that the formulas and the kernels read."""
     b, c, s, h = view.jitter
     ranges = (
         view.scale,
@@ -68,6 +69,8 @@ def view_numbers(view: View) -> tuple[float, ...]:
         view.solarize_threshold,
         view.erase,
         *(number for low, high in ranges for number in (low, high - low)),
+        *view.mean,
+        *view.std,
     )
 
 
@@ -83,6 +86,14 @@ def real(word):
     return word.double()
 
 
+def indicator(condition):
+    return condition.double()
+
+
+def some(condition):
+    return condition.any()
+
+
 sqrt, floor, where = torch.sqrt, torch.floor, torch.where
 
 
@@ -92,7 +103,7 @@ def uniform(word):
 
 
 def happens(word, p):
-    return where(uniform(word) < p, 1.0, 0.0)
+    return indicator(uniform(word) < p)
 
 
 def between(word, numbers, which):
@@ -137,18 +148,19 @@ def draw_crop(index, view, seed, epoch, height, width, numbers):
     h = height * 0.0
     w = height * 0.0
     for attempt in range(10):
-        a, b, c, d = philox(index, view, view * 0 + (attempt + 3), seed, epoch)
-        area = height * width * between(a, numbers, AREA)
-        wide, high = sides(area, exponential(between(b, numbers, LOG_RATIO)))
-        wide = wide + number(numbers, PATCHED) * (number(numbers, PATCH) - wide)
-        high = high + number(numbers, PATCHED) * (number(numbers, PATCH) - high)
-        fits = (wide > 0) & (wide <= width) & (high > 0) & (high <= height)
-        take = where(fits, 1.0, 0.0) * (1.0 - found)
-        h = h + take * (high - h)
-        w = w + take * (wide - w)
-        top = top + take * floor(uniform(c) * (height - high + 1.0))
-        left = left + take * floor(uniform(d) * (width - wide + 1.0))
-        found = found + take
+        if some(found < 1.0):
+            a, b, c, d = philox(index, view, view * 0 + (attempt + 3), seed, epoch)
+            area = height * width * between(a, numbers, AREA)
+            wide, high = sides(area, exponential(between(b, numbers, LOG_RATIO)))
+            wide = wide + number(numbers, PATCHED) * (number(numbers, PATCH) - wide)
+            high = high + number(numbers, PATCHED) * (number(numbers, PATCH) - high)
+            fits = (wide > 0) & (wide <= width) & (high > 0) & (high <= height)
+            take = indicator(fits) * (1.0 - found)
+            h = h + take * (high - h)
+            w = w + take * (wide - w)
+            top = top + take * floor(uniform(c) * (height - high + 1.0))
+            left = left + take * floor(uniform(d) * (width - wide + 1.0))
+            found = found + take
     low = number(numbers, RATIO_LOW)
     high = number(numbers, RATIO_HIGH)
     wide = where(width > height * high, round_even(height * high), width)
@@ -165,22 +177,23 @@ def draw_crop(index, view, seed, epoch, height, width, numbers):
 def draw_erasing(index, view, seed, epoch, wanted, numbers):
     """(top, left, height, width), all 0 where nothing is `wanted` or found: draws 13 to 22."""
     side = wanted * 0.0 + number(numbers, SIDE)
-    found = side * 0.0
+    found = 1.0 - wanted
     top = side * 0.0
     left = side * 0.0
     h = side * 0.0
     w = side * 0.0
     for attempt in range(10):
-        a, b, c, d = philox(index, view, view * 0 + (attempt + 13), seed, epoch)
-        area = side * side * between(a, numbers, ERASE_AREA)
-        high, wide = sides(area, exponential(between(b, numbers, ERASE_LOG_RATIO)))
-        take = where((wide < side) & (high < side), 1.0, 0.0) * (1.0 - found)
-        h = h + take * (high - h)
-        w = w + take * (wide - w)
-        top = top + take * floor(uniform(c) * (side - high + 1.0))
-        left = left + take * floor(uniform(d) * (side - wide + 1.0))
-        found = found + take
-    return wanted * top, wanted * left, wanted * h, wanted * w
+        if some(found < 1.0):
+            a, b, c, d = philox(index, view, view * 0 + (attempt + 13), seed, epoch)
+            area = side * side * between(a, numbers, ERASE_AREA)
+            high, wide = sides(area, exponential(between(b, numbers, ERASE_LOG_RATIO)))
+            take = indicator((wide < side) & (high < side)) * (1.0 - found)
+            h = h + take * (high - h)
+            w = w + take * (wide - w)
+            top = top + take * floor(uniform(c) * (side - high + 1.0))
+            left = left + take * floor(uniform(d) * (side - wide + 1.0))
+            found = found + take
+    return top, left, h, w
 
 
 def draw_order(word, wanted, row):
@@ -190,11 +203,11 @@ def draw_order(word, wanted, row):
     rest = rank - first * 6.0
     second = floor(rest * 0.5)
     third = rest - second * 2.0
-    second = second + where(second >= first, 1.0, 0.0)
+    second = second + indicator(second >= first)
     smaller = where(first < second, first, second)
     larger = where(first < second, second, first)
-    third = third + where(third >= smaller, 1.0, 0.0)
-    third = third + where(third >= larger, 1.0, 0.0)
+    third = third + indicator(third >= smaller)
+    third = third + indicator(third >= larger)
     put(row, STEP0, wanted * (first + 1.0) - 1.0)
     put(row, STEP1, wanted * (second + 1.0) - 1.0)
     put(row, STEP2, wanted * (third + 1.0) - 1.0)

@@ -18,24 +18,31 @@ class Images(NamedTuple):
     on."""
 
     flat: Tensor  # uint8
-    offset: Tensor  # (M,) int64
-    height: Tensor  # (M,) int32
-    width: Tensor  # (M,) int32
+    place: Tensor  # (M, 3) int64: offset, height, width
     same: bool  # whether all have one size
+
+    @property
+    def offset(self) -> Tensor:
+        return self.place[:, 0]
+
+    @property
+    def height(self) -> Tensor:
+        return self.place[:, 1]
+
+    @property
+    def width(self) -> Tensor:
+        return self.place[:, 2]
 
     def select(self, index: Tensor) -> "Images":
         """The images at `index` (N,): no pixel is copied."""
-        return Images(
-            self.flat, self.offset[index], self.height[index], self.width[index], self.same
-        )
+        return self._replace(place=self.place[index])
 
     def to(self, device: torch.device | str) -> "Images":
-        flat, offset, height, width = (part.to(device) for part in self[:4])
-        return Images(flat, offset, height, width, self.same)
+        return self._replace(flat=self.flat.to(device), place=self.place.to(device))
 
     def pixels(self, i: int) -> Tensor:
         """(H, W, 3) of image i."""
-        start, height, width = int(self.offset[i]), int(self.height[i]), int(self.width[i])
+        start, height, width = self.place[i].tolist()
         return self.flat[start : start + height * width * 3].view(height, width, 3)
 
 
@@ -62,16 +69,11 @@ def as_images(source: Any) -> Images:
 
 
 def _lay(flat: Tensor, heights: list[int], widths: list[int]) -> Images:
-    height, width = (
-        torch.tensor(heights, dtype=torch.int32),
-        torch.tensor(widths, dtype=torch.int32),
-    )
-    size = height.long() * width.long() * 3
-    same = bool((height == height[0]).all() and (width == width[0]).all())
-    device = flat.device
-    return Images(
-        flat, (size.cumsum(0) - size).to(device), height.to(device), width.to(device), same
-    )
+    height, width = torch.tensor(heights), torch.tensor(widths)
+    size = height * width * 3
+    place = torch.stack([size.cumsum(0) - size, height, width], dim=1)
+    same = bool((place[:, 1:] == place[0, 1:]).all())
+    return Images(flat, place.to(flat.device), same)
 
 
 def _check(shape: torch.Size, dtype: torch.dtype, dims: int, name: str) -> None:
