@@ -26,7 +26,7 @@ class NonFiniteLossError(ArithmeticError):
 
 
 def view_features(backbone: nn.Module, views: Sequence[Tensor]) -> list[Tensor]:
-    """V tensors (N, C, S, S) -> V tensors (N, F), one pass per group of adjacent equal-sized views."""
+    """V tensors (N, C, S, S) -> V tensors (N, F), one pass per group of adjacent equal sizes."""
     features: list[Tensor] = []
     for _, group in groupby(views, key=lambda view: view.shape[-1]):
         same = list(group)
