@@ -79,7 +79,7 @@ def test_the_hostile_state_is_hostile() -> None:
 def test_with_none_valid_the_run_is_not_started_again_silently(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, 1, {"step": 1})
     checkpoints(tmp_path)[0].write_bytes(b"")
-    with pytest.raises(ValueError, match="is valid; delete .* to start again"):
+    with pytest.raises(ValueError, match=r"is valid; delete .* to start again"):
         load(tmp_path)
 
 

@@ -83,7 +83,7 @@ def test_the_folder_holds_what_is_promised(tmp_path: Path) -> None:
 def test_an_interrupted_run_resumes_inside_an_epoch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped twice inside one epoch of 11 batches, it ends with the weights of a run left alone."""
+    """Stopped twice inside one epoch of 11 batches, it ends with the weights of a run let be."""
     config = short("digits-diet", epochs=3)
     undisturbed = run(config, tmp_path / "whole")
     for steps in (13, 4):  # to step 13, then to step 17
@@ -194,7 +194,7 @@ def test_every_recipe_names_views_that_exist(recipe: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["digits-diet", "digits-barlow"])
 def test_pretraining_beats_raw_pixels(recipe: str, tmp_path: Path) -> None:
-    """The README's claim, for the default seed: half the error at 10 labels, 10 points more at 1."""
+    """The README's claim, for seed 0: half the error at 10 labels, 10 points more at 1."""
     run(RECIPES[recipe], tmp_path / "run")
     accuracy = json.loads((tmp_path / "run/summary.json").read_text())["accuracy"]
     raw, pretrained = accuracy["raw pixels"], accuracy["pretrained"]
