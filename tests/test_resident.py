@@ -250,8 +250,10 @@ def pretrain_and_score(batches, labels: torch.Tensor, images: torch.Tensor, seed
     body.eval()
     with torch.no_grad():
         features = torch.nn.functional.normalize(body(images), dim=1)
-    near = (features @ features.T).fill_diagonal_(-2).topk(5).indices
-    return float((labels[near].mode(1).values == labels).float().mean() * 100)
+    bank = torch.cat([torch.nonzero(labels == k)[:10, 0] for k in range(10)])
+    nearest = bank[(features @ features[bank].T).argmax(1)]
+    rest = torch.ones(len(labels), dtype=torch.bool).index_fill(0, bank, False)
+    return float((labels[nearest] == labels)[rest].float().mean() * 100)
 
 
 @pytest.mark.slow
@@ -266,7 +268,7 @@ def test_swapping_torchvisions_loader_costs_no_accuracy():
     labels = torch.from_numpy(labels)
     shown = torch.from_numpy(images).permute(0, 3, 1, 2)
     still = torch.nn.functional.interpolate(shown / 255, size=16, mode="bilinear") * 2 - 1
-    views, epochs = policies.digits(2), 12
+    views, epochs = policies.digits(2), 8
     jitter = v2.ColorJitter(*views[0].jitter[:2])
     transform = v2.Compose(
         [
@@ -293,7 +295,8 @@ def test_swapping_torchvisions_loader_costs_no_accuracy():
         np.array([pretrain_and_score(source(s), labels, still, s) for s in range(3)])
         for source in (by_torchvision, by_us)
     )
-    print("5-NN accuracy, %: torchvision", theirs, "fastssl", ours)
+    untrained = pretrain_and_score([], labels, still, 0)
+    print("accuracy, %: untrained", untrained, "torchvision", theirs, "fastssl", ours)
     noise = np.sqrt(theirs.var(ddof=1) / 3 + ours.var(ddof=1) / 3)
     assert abs(ours.mean() - theirs.mean()) <= max(2.5 * noise, 1.0)
-    assert min(ours.min(), theirs.min()) > 60  # both have learnt
+    assert min(ours.min(), theirs.min()) > untrained + 3  # both have learnt
