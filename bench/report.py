@@ -29,7 +29,7 @@ def environment_line(stamp: Row) -> str:
 
 
 def timing_table(rows: list[Row]) -> str:
-    """Time, spread, ratio and memory by case and variant; on a CPU only the ratios mean much."""
+    """Time, spread, ratio and memory by case and variant; on a CPU only ratios mean much."""
     graphs = any(row.get("graph_ms") for row in rows)
     head = [
         "case",
