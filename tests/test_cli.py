@@ -169,6 +169,7 @@ def test_views_are_drawn(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> 
     out = tmp_path / "sheet.png"
     assert run(["views", "digits-diet", "--views", "3", "--out", str(out)]) == 0
     assert "4 images and their views" in " ".join(capsys.readouterr().out.split())
-    assert Image.open(out).size[0] > 500
+    with Image.open(out) as picture:
+        assert picture.size[0] > 500
     assert "needs a recipe first" in one_line(capsys, ["views"])
     assert "--out needs" in one_line(capsys, ["views", "digits-diet", "--out"])
