@@ -1,7 +1,8 @@
 """When to run Triton, and on which kind of device.
 
-Triton kernels run on CUDA tensors. On a CPU they run only when asked, in Triton's interpreter: tests set
-TRITON_INTERPRET=1 before the first import and enter `interpreted()`. Everything else takes the lean torch path.
+Triton kernels run on CUDA tensors. On a CPU they run only when asked, in Triton's interpreter:
+tests set TRITON_INTERPRET=1 before the first import and enter `interpreted()`. Everything else
+takes the lean torch path.
 """
 
 import os
@@ -18,7 +19,9 @@ _INTERPRETED: ContextVar[bool] = ContextVar("fastssl_interpreted", default=False
 @contextmanager
 def interpreted() -> Iterator[None]:
     """Run the Triton kernels on CPU tensors too, in the interpreter (fp32 and fp16 only)."""
-    assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1 before importing fastssl_kernels"
+    assert os.environ.get("TRITON_INTERPRET") == "1", (
+        "set TRITON_INTERPRET=1 before the first import"
+    )
     token = _INTERPRETED.set(True)
     try:
         yield
@@ -27,7 +30,7 @@ def interpreted() -> Iterator[None]:
 
 
 def use_triton(x: Tensor) -> bool:
-    """Whether an op on `x` runs its Triton kernels. fp64 always runs in torch, where it is exact."""
+    """Whether an op on `x` runs its Triton kernels. fp64 always runs in torch, being exact."""
     return x.dtype != torch.float64 and (x.is_cuda or _INTERPRETED.get())
 
 

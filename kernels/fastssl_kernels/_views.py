@@ -10,22 +10,25 @@ from torch import Tensor
 
 
 def stack_views(views: Tensor | Sequence[Tensor], name: str) -> Tensor:
-    """`views` as one tensor (V, N, D), floating point, V >= 2, N >= 2; ValueError says what was wrong."""
+    """`views` as one floating tensor (V, N, D), V >= 2, N >= 2; ValueError says what was wrong."""
     if not isinstance(views, Tensor):
         tensors = list(views)
         shapes = [tuple(t.shape) for t in tensors]
         if len(set(shapes)) > 1:
             raise ValueError(f"{name}: views have shapes {shapes}; all must be one (N, D)")
         if len({t.device for t in tensors}) > 1:
-            raise ValueError(f"{name}: views are on {[str(t.device) for t in tensors]}; move them to one device")
+            devices = [str(t.device) for t in tensors]
+            raise ValueError(f"{name}: views are on {devices}; move them to one device")
         if len({t.dtype for t in tensors}) > 1:
-            raise ValueError(f"{name}: views have dtypes {[str(t.dtype) for t in tensors]}; cast them to one")
+            dtypes = [str(t.dtype) for t in tensors]
+            raise ValueError(f"{name}: views have dtypes {dtypes}; cast them to one")
         if len(tensors) < 2:
             raise ValueError(f"{name}: got {len(tensors)} views; it compares at least 2")
         views = torch.stack(tensors)
     if views.ndim != 3 or views.shape[0] < 2 or views.shape[1] < 2 or views.shape[2] < 1:
         raise ValueError(
-            f"{name}: views have shape {tuple(views.shape)}; wanted (V, N, D) with V >= 2, N >= 2, D >= 1"
+            f"{name}: views have shape {tuple(views.shape)}; "
+            "wanted (V, N, D) with V >= 2, N >= 2, D >= 1"
         )
     if not views.is_floating_point():
         raise ValueError(f"{name}: views are {views.dtype}; wanted a floating-point dtype")
