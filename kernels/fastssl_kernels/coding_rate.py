@@ -1,0 +1,117 @@
+"""The coding rate of embeddings, on the smaller of the two sides. arXiv:2304.03977, eq. 1 (TCR).
+
+    R(Z) = 1/2 logdet(I + a Z^T Z) = 1/2 logdet(I + a Z Z^T),   a = D / (N eps_sq)
+
+Sylvester's identity makes the D x D and the N x N determinant equal; one batched Cholesky of the
+smaller serves all views, and the gradient a (I + a Z Z^T)^-1 Z solves with the same factor.
+
+Shapes: V views, N batch, n rows of this rank, D embedding.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastssl_kernels._columns import accumulation_dtype
+from fastssl_kernels._group import (
+    gather_batch,
+    gather_rows,
+    group_name,
+    own_start,
+    row_counts,
+    sum_ranks,
+)
+from fastssl_kernels._views import stack_views
+from fastssl_kernels.gram import Path, check_path, wants_gradient
+
+
+def coding_rate_reference(views: Tensor | Sequence[Tensor], *, eps_sq: float = 0.2) -> Tensor:
+    """(V, N, D) -> (): the formula above in eager PyTorch, on D x D. Not float16 or bfloat16."""
+    rates = []
+    for z in views:
+        n, width = z.shape
+        eye = torch.eye(width, dtype=z.dtype, device=z.device)
+        rates.append(torch.logdet(eye + width / (n * eps_sq) * z.T @ z) / 2)
+    return torch.stack(rates).mean()
+
+
+def coding_rate(
+    views: Tensor | Sequence[Tensor],
+    *,
+    eps_sq: float = 0.2,
+    path: Path = "auto",
+    group: Any = None,
+) -> Tensor:
+    """R(Z) averaged over views (V, N, D), or over a sequence of V >= 1 tensors (N, D) -> ().
+
+    EMP-SSL's loss is its negative. Rows are taken as they are; the paper makes them unit length.
+    eps_sq: the paper's distortion epsilon^2.
+    path: "gram" for N x N, "direct" for D x D, "auto" for the smaller, or "eager", the reference.
+    group: ranks whose rows form one batch (`_group` has the contract for value and gradient).
+
+    Takes float64, 32, 16 or bfloat16, computes in float32 or float64 and returns that. NaN where
+    I + a Z^T Z is not positive definite in that precision. ValueError on other shapes or dtypes,
+    mixed devices, eps_sq <= 0, an unknown path, a foreign group.
+    """
+    name = "coding_rate"
+    z = stack_views(views, name, at_least=1)
+    check_path(path, name)
+    if not eps_sq > 0:
+        raise ValueError(f"{name}: eps_sq is {eps_sq}; it must be positive")
+    ranks = group_name(group, name)
+    if path == "eager":
+        batch = gather_batch(z.to(accumulation_dtype(z)), ranks)
+        return coding_rate_reference(batch, eps_sq=eps_sq)
+    return _rate(z.contiguous(), eps_sq, path, ranks, wants_gradient(z))[0]
+
+
+@torch.library.custom_op("fastssl::coding_rate", mutates_args=())
+def _rate(z: Tensor, eps_sq: float, path: str, group: str, gradient: bool) -> tuple[Tensor, Tensor]:
+    """(R, dR/dz), the gradient in fp32 or fp64, and empty where it is not asked for."""
+    rows = row_counts(z, group)
+    total, width = sum(rows), z.shape[2]
+    weight = width / (total * eps_sq)
+    by_rows = path == "gram" or (path == "auto" and total < width)
+    with torch.autocast(z.device.type, enabled=False):
+        x = z.to(accumulation_dtype(z))
+        if by_rows:
+            x = gather_rows(x, rows, group)  # padding rows add ones to the diagonal: logdet 0
+            small = x @ x.mT
+        else:
+            small = sum_ranks(x.mT @ x, group)
+        small *= weight
+        small.diagonal(dim1=1, dim2=2).add_(1)
+        factor, failed = torch.linalg.cholesky_ex(small)
+        rate = factor.diagonal(dim1=1, dim2=2).log().sum() / len(z)
+        rate = torch.where(failed.any(), torch.nan, rate)
+        if not gradient:
+            return rate, rate.new_empty(0)
+        if by_rows:
+            start = own_start(rows, group)
+            solved = torch.cholesky_solve(x, factor)[:, start : start + z.shape[1]].contiguous()
+        else:
+            solved = torch.cholesky_solve(x.mT, factor).mT.contiguous()
+    return rate, solved.mul_(weight * len(rows) / len(z))
+
+
+@_rate.register_fake
+def _(z: Tensor, eps_sq: float, path: str, group: str, gradient: bool) -> tuple[Tensor, Tensor]:
+    dtype = accumulation_dtype(z)
+    return z.new_empty((), dtype=dtype), z.new_empty(z.shape if gradient else (0,), dtype=dtype)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.dtype = inputs[0].dtype
+    ctx.save_for_backward(output[1])
+
+
+def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    (gradient,) = ctx.saved_tensors
+    dz = None if grad is None else (gradient * grad).to(ctx.dtype)
+    return dz, None, None, None, None
+
+
+_rate.register_autograd(_backward, setup_context=_save)

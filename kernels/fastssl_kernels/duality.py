@@ -1,0 +1,118 @@
+"""Contrastive and non-contrastive losses that mirror each other. arXiv:2206.02574.
+
+For embeddings Z (N, D), eq. 8 and 9 (K there is Z^T):
+
+    sample-contrastive     ||Z Z^T - diag||_F^2      dimension-contrastive     ||Z^T Z - diag||_F^2
+
+VICReg-exp has c_exp(Z) = mean_i log sum_{j != i} exp(cov_ij / t) for VICReg's squared covariances
+(eq. 11); VICReg-ctr takes that and the variance term of Z^T (eq. 12, 13), so it contrasts samples.
+
+Shapes: V views, N batch, D embedding.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastssl_kernels._columns import accumulation_dtype
+from fastssl_kernels._group import gather_batch, group_name
+from fastssl_kernels._views import stack_views
+from fastssl_kernels.gram import Path, second_moment_energy
+from fastssl_kernels.vicreg import invariance, variance
+
+
+def dimension_contrastive_loss(
+    views: Tensor | Sequence[Tensor], *, path: Path = "auto", group: Any = None
+) -> Tensor:
+    """||Z^T Z - diag||_F^2, averaged over views (V, N, D), or V >= 1 tensors (N, D) -> ().
+
+    Arguments, dtypes and errors as in `second_moment_energy`; arXiv:2206.02574, eq. 9.
+    """
+    z = stack_views(views, "dimension_contrastive_loss", at_least=1)
+    return second_moment_energy(z, pairs=False, diagonal=False, path=path, group=group) / len(z)
+
+
+def sample_contrastive_loss(
+    views: Tensor | Sequence[Tensor], *, path: Path = "auto", group: Any = None
+) -> Tensor:
+    """||Z Z^T - diag||_F^2, averaged over views (V, N, D), or V >= 1 tensors (N, D) -> ().
+
+    The dimension-contrastive loss of Z^T, so "gram" multiplies D x D and "direct" N x N matrices.
+    Arguments, dtypes and errors as in `second_moment_energy`; arXiv:2206.02574, eq. 8.
+    """
+    name = "sample_contrastive_loss"
+    z = stack_views(views, name, at_least=1)
+    batch = gather_batch(z, group_name(group, name))
+    if batch.shape[2] == 1:  # second_moment_energy wants two rows; a zero column changes no product
+        batch = torch.nn.functional.pad(batch, (0, 1))
+    transposed = batch.transpose(1, 2)
+    return second_moment_energy(transposed, pairs=False, diagonal=False, path=path) / len(z)
+
+
+def vicreg_exp_loss(
+    views: Tensor | Sequence[Tensor],
+    *,
+    temperature: float,
+    sim_coeff: float = 25.0,
+    std_coeff: float = 25.0,
+    cov_coeff: float = 1.0,
+    gamma: float = 1.0,
+    eps: float = 1e-4,
+    group: Any = None,
+) -> Tensor:
+    """VICReg with c_exp for its covariance term, of V >= 2 views (V, N, D) -> (); writes (D, D).
+
+    Other arguments as in `vicreg_loss`; arXiv:2206.02574, eq. 11.
+    """
+    z = _whole_batch(views, temperature, group, "vicreg_exp_loss")
+    spread = std_coeff * variance(z, gamma, eps) + cov_coeff * _log_exp_covariance(z, temperature)
+    return sim_coeff * invariance(z) + spread
+
+
+def vicreg_ctr_loss(
+    views: Tensor | Sequence[Tensor],
+    *,
+    temperature: float,
+    sim_coeff: float = 25.0,
+    std_coeff: float = 25.0,
+    cov_coeff: float = 1.0,
+    gamma: float = 1.0,
+    eps: float = 1e-4,
+    group: Any = None,
+) -> Tensor:
+    """VICReg-exp with samples and dimensions swapped, of V >= 2 views (V, N, D), D >= 2 -> ().
+
+    The variance of each sample over dimensions, and c_exp of the (N, N) covariance of samples.
+    Other arguments as in `vicreg_loss`; arXiv:2206.02574, eq. 12 and 13.
+    """
+    z = _whole_batch(views, temperature, group, "vicreg_ctr_loss")
+    if z[0].shape[1] < 2:
+        raise ValueError(f"vicreg_ctr_loss: views are {tuple(z[0].shape)}; wanted (N, D), D >= 2")
+    swapped = [view.T for view in z]
+    spread = std_coeff * variance(swapped, gamma, eps)
+    return (
+        sim_coeff * invariance(z) + spread + cov_coeff * _log_exp_covariance(swapped, temperature)
+    )
+
+
+def _whole_batch(
+    views: Tensor | Sequence[Tensor], temperature: float, group: Any, name: str
+) -> list[Tensor]:
+    """The checked views of all ranks, V x (N, D), float32 or float64."""
+    z = stack_views(views, name)
+    if not temperature > 0:
+        raise ValueError(f"{name}: temperature is {temperature}; it must be positive")
+    return list(gather_batch(z.to(accumulation_dtype(z)), group_name(group, name)))
+
+
+def _log_exp_covariance(views: Sequence[Tensor], temperature: float) -> Tensor:
+    """2 / V times the sum over views of c_exp, V x (N, D) -> ()."""
+    terms = []
+    for z in views:
+        x = z - z.mean(0)
+        cov = x.T @ x / ((len(x) - 1) * temperature)  # (D, D)
+        own = torch.eye(len(cov), dtype=torch.bool, device=cov.device)
+        terms.append(cov.masked_fill(own, -torch.inf).logsumexp(1).mean())
+    return 2 * torch.stack(terms).mean()
