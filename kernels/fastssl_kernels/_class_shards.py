@@ -32,6 +32,14 @@ class Shard(NamedTuple):
         dist.all_gather_into_tensor(counts, torch.full_like(counts[:1], len(weight)), group=group)
         return Shard(group, world, counts[:rank].sum(), counts.sum())
 
+    @staticmethod
+    def batch(n: int, group: Any) -> "Shard":
+        """The batch as classes: n rows of each rank."""
+        if group is None:
+            return Shard(None, 1, 0, n)
+        world = dist.get_world_size(group)
+        return Shard(group, world, dist.get_rank(group) * n, world * n)
+
 
 def shard_sizes(classes: int, world: int) -> list[int]:
     """Rows of each rank."""
@@ -90,13 +98,24 @@ def gather_inputs(x: Tensor, shard: Shard) -> Tensor:
     return x if shard.world == 1 else _GatherInputs.apply(x, shard)
 
 
-def sum_statistics(
-    lse: Tensor, target: Tensor, total: Tensor, shard: Shard
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The statistics of all classes from those of this rank's, each (N,)."""
+def times_world(x: Tensor, shard: Shard) -> Tensor:
+    """x, its gradient times the world size: for rows that meet only this rank's part of a loss."""
     if shard.world == 1:
-        return lse, target, total
+        return x
+    fixed = x.detach()
+    return fixed + shard.world * (x - fixed)
+
+
+def sum_ranks(x: Tensor, shard: Shard) -> Tensor:
+    """x summed over ranks, on every rank; each rank's part counts once in the gradient."""
+    return x if shard.world == 1 else _SumRanks.apply(x, shard)
+
+
+def combine_lse(lse: Tensor, sums: list[Tensor], shard: Shard) -> list[Tensor]:
+    """Log-sum-exp over ranks of lse (N,), and each of `sums` (N,) added up over ranks."""
+    if shard.world == 1:
+        return [lse, *sums]
     top = lse.detach().clone()
     dist.all_reduce(top, dist.ReduceOp.MAX, group=shard.group)
-    sums = _SumRanks.apply(torch.stack([(lse - top).exp(), target, total]), shard)
-    return top + sums[0].log(), sums[1], sums[2]
+    exps, *sums = sum_ranks(torch.stack([(lse - top).exp(), *sums]), shard)
+    return [top + exps.log(), *sums]

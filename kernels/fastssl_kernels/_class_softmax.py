@@ -155,7 +155,7 @@ def class_statistics(
     """lse, target and sum, each (N,), and what `save` keeps: exponentials and their references."""
     run = kernels.statistics if use_triton(x) else _statistics
     with torch.autocast(x.device.type, enabled=False):
-        return run(x, w, bias, labels, save)
+        return run(x.contiguous(), w.contiguous(), bias, labels.contiguous(), save)
 
 
 @class_statistics.register_fake
@@ -178,6 +178,7 @@ def class_statistics_backward(
     references: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx (N, D), dw (K, D), db (K,), or db (0,) without a bias."""
+    x, w, labels = x.contiguous(), w.contiguous(), labels.contiguous()
     s = Saved(x, w, bias, labels, lse, exponentials, references)
     dx = torch.zeros_like(x, dtype=work_dtype(x))
     dw = torch.empty_like(w)

@@ -284,6 +284,7 @@ def class_update(
     copy: what the forward multiplied by, where that was not w: another dtype, or w[rows].
     rows: (S,) the sampled classes, in whose order `copy` and `labels` count; None for all.
     """
+    x, labels = x.contiguous(), labels.contiguous()
     s = Saved(x, w if copy is None else copy, None, labels, lse, exponentials, references)
     dx = torch.zeros_like(x, dtype=work_dtype(x))
     healthy = g_lse.isfinite().all()

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from fastssl_kernels._checks import checked, plain_loss
 from fastssl_kernels._class_shards import (
     Shard,
+    combine_lse,
     gather,
     gather_inputs,
     gather_shards,
     shard_sizes,
-    sum_statistics,
 )
 from fastssl_kernels._class_softmax import class_statistics
 from fastssl_kernels._class_update import class_statistics_updating
@@ -159,7 +159,7 @@ class DIETHead(nn.Module):
             )
         else:
             statistics = class_statistics(x, w, None, labels, keep)
-        lse, target, total = sum_statistics(statistics[0], statistics[1], statistics[2], shard)
+        lse, target, total = combine_lse(statistics[0], list(statistics[1:3]), shard)
         loss = smoothed_rows(lse, target, total, classes, self.label_smoothing).mean()
         return plain_loss(loss, FUSED_ONLY) if fused else loss
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl_kernels._checks import checked
-from fastssl_kernels._class_shards import Shard, gather, gather_inputs, sum_statistics
+from fastssl_kernels._class_shards import Shard, combine_lse, gather, gather_inputs
 from fastssl_kernels._class_softmax import class_statistics
 from fastssl_kernels._group import group_name
 
@@ -89,7 +89,7 @@ def linear_cross_entropy(
     x = gather_inputs(x, shard)
     keep = keeps_exponentials(save, x, len(w))
     lse, z_target, z_sum, _, _ = class_statistics(x, w, bias, labels - shard.first, keep)
-    lse, z_target, z_sum = sum_statistics(lse, z_target, z_sum, shard)
+    lse, z_target, z_sum = combine_lse(lse, [z_target, z_sum], shard)
     rows = smoothed_rows(lse, z_target, z_sum, shard.classes, label_smoothing)
     return reduce_rows(rows, labels >= 0, reduction)
 
