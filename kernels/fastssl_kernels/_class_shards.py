@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastssl_kernels._class_softmax_kernels import log_sum
+
 
 class Shard(NamedTuple):
     """The classes [first, first + rows) of `classes`, held by one of `world` ranks."""
@@ -111,11 +113,12 @@ def sum_ranks(x: Tensor, shard: Shard) -> Tensor:
     return x if shard.world == 1 else _SumRanks.apply(x, shard)
 
 
-def combine_lse(lse: Tensor, sums: list[Tensor], shard: Shard) -> list[Tensor]:
-    """Log-sum-exp over ranks of lse (N,), and each of `sums` (N,) added up over ranks."""
+def combine_lse(lse: Tensor, low: Tensor, sums: list[Tensor], shard: Shard) -> list[Tensor]:
+    """lse + low (N,) over all ranks, as two parts again, and `sums` (N,) added up over ranks."""
     if shard.world == 1:
-        return [lse, *sums]
+        return [lse, low, *sums]
     top = lse.detach().clone()
     dist.all_reduce(top, dist.ReduceOp.MAX, group=shard.group)
-    exps, *sums = sum_ranks(torch.stack([(lse - top).exp(), *sums]), shard)
-    return [top + exps.log(), *sums]
+    exps, *sums = sum_ranks(torch.stack([((lse - top) + low).exp(), *sums]), shard)
+    lse, low = log_sum(top[None], exps[None])
+    return [lse, low.detach(), *sums]

@@ -1,13 +1,17 @@
 """What a softmax over very many classes needs of its logits: three numbers a row, and one backward.
 
     z = x w^T + b,   lse_i = log sum_k exp z_ik,   target_i = z_{i, y_i},   sum_i = sum_k z_ik
-    G_ik = dL/dz_ik = g_lse_i exp(z_ik - lse_i) + g_sum_i + g_target_i [k = y_i]
+    G_ik = dL/dz_ik = g_lse_i exp(z_ik - lse_i) + g_sum_i                           for k != y_i
+    G_iy = g_lse_i expm1(z_iy - lse_i) + (g_lse_i + g_target_i) + g_sum_i
     dx = G w,   dw = G^T x,   db = sum_i G_i
 
 Any cross-entropy whose target mixes one class with the uniform distribution is a combination of
 these three (linear_cross_entropy.py), and they combine over shards of the classes. G is formed in
 float32, smoothing included, before anything is rounded: with e = 0.8 and a million classes the
-gradient is p - e / K almost everywhere. Logits exist one block of classes at a time.
+gradient is p - e / K almost everywhere. The target's entry stands apart: p - 1 would cancel where p
+is near 1. For the same reason lse comes with `low`, what rounding lse to one float left over:
+(lse - target) + low is the loss of a row even where it is 1e-6. Logits exist one block of classes
+at a time.
 
 Shapes: N batch, D embedding, K classes, C classes in a block.
 """
@@ -25,7 +29,7 @@ from fastssl_kernels import _class_softmax_kernels as kernels
 from fastssl_kernels._gemm import matmul_t
 from fastssl_kernels._launch import use_triton
 
-Statistics = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Statistics = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 class Saved(NamedTuple):
@@ -35,7 +39,9 @@ class Saved(NamedTuple):
     w: Tensor  # (K, D)
     bias: Tensor | None  # (K,)
     labels: Tensor  # (N,) int64; outside [0, K) for rows without a target here
-    lse: Tensor  # (N,)
+    lse: Tensor  # (N,), and so target and low
+    target: Tensor
+    low: Tensor
     exponentials: Tensor  # (ceil(K / C), N, C), exp(z - reference), or empty: recompute
     references: Tensor  # (blocks or tiles, N)
 
@@ -88,7 +94,7 @@ def _statistics(
         x = x.to(dtype)
     target = x.new_zeros(n, 1, dtype=dtype)
     total = x.new_zeros(n, dtype=dtype)
-    block_lse = []
+    tops, sums = [], []
     for i, start, stop in blocks(len(w), size):
         z = _logits(x, w, bias, start, stop)
         column, own = _own(labels, start, stop)
@@ -97,16 +103,17 @@ def _statistics(
         top = z.amax(1)
         z.sub_(top[:, None])
         e = torch.exp(z, out=exponentials[i, :, : stop - start] if save else z)
-        block_lse.append(top + e.sum(1).log())
+        tops.append(top)
+        sums.append(e.sum(1))
         if save:
             references[i] = top
-    lse = torch.logsumexp(torch.stack(block_lse), 0)
-    return lse, target[:, 0], total, exponentials, references
+    lse, low = kernels.log_sum(torch.stack(tops), torch.stack(sums))
+    return lse, target[:, 0], total, low, exponentials, references
 
 
 def _gradient_block(s: Saved, grads: Tensor, i: int, start: int, stop: int) -> Tensor:
-    """G (N, C) of block i, in the work dtype. grads (3, N): of lse, target, sum."""
-    g_lse, g_target, g_sum = grads[:, :, None]
+    """G (N, C) of block i, in the work dtype. grads (3, N) as in `gradient_blocks`."""
+    g_lse, entry, g_sum = grads[:, :, None]
     if len(s.exponentials):
         scale = g_lse * (s.references[i] - s.lse).exp()[:, None]
         g = s.exponentials[i, :, : stop - start] * scale
@@ -115,13 +122,13 @@ def _gradient_block(s: Saved, grads: Tensor, i: int, start: int, stop: int) -> T
         g.sub_(s.lse[:, None]).exp_().mul_(g_lse)
     g.add_(g_sum)
     column, own = _own(s.labels, start, stop)
-    return g.scatter_add_(1, column, g_target.where(own, 0))
+    return g.scatter_(1, column, entry.where(own, g.gather(1, column)))
 
 
 def _half_scale(grads: Tensor) -> Tensor:
     """() power of two for float16 blocks of G: times it, none overflows and few flush to zero.
 
-    |G| <= |g_lse| + |g_target| + |g_sum|, brought to 2^15; the least float16 is 2^-39 of that.
+    |G| <= |g_lse| + |entry| + |g_sum|, brought to 2^15; the least float16 is 2^-39 of that.
     Unscaled, gradients of 1e-8, which are DIET's, would all be lost.
     """
     bound = grads.abs().sum(0).max().clamp(min=1e-30)
@@ -132,7 +139,8 @@ def gradient_blocks(
     s: Saved, g_lse: Tensor, g_target: Tensor, g_sum: Tensor, dx: Tensor
 ) -> Iterator[tuple[int, int, Tensor, Tensor]]:
     """(start, stop, G, unscale) of each block, whose gradient is unscale * G; dx (N, D) += G w."""
-    grads = torch.stack([g_lse, g_target, g_sum])
+    entry = g_lse * torch.expm1((s.target - s.lse) - s.low) + ((g_lse + g_target) + g_sum)
+    grads = torch.stack([g_lse * (-s.low).exp(), entry, g_sum])
     unscale = torch.ones_like(grads[0, 0])
     triton = use_triton(s.x)
     if triton and s.x.dtype == torch.float16:
@@ -140,7 +148,10 @@ def gradient_blocks(
         grads, unscale = grads * scale, 1 / scale
     for i, start, stop in blocks(len(s.w), block_classes(s.x)):
         if triton:
-            g = kernels.gradient_block(*s[:5], grads, *s[5:], start, stop)
+            g = kernels.gradient_block(
+                *(s.x, s.w, s.bias, s.labels, s.lse, grads),
+                *(s.exponentials, s.references, start, stop),
+            )
         else:
             g = _gradient_block(s, grads, i, start, stop)
         dx += matmul_t(g, s.w[start:stop].T)
@@ -152,7 +163,7 @@ def gradient_blocks(
 def class_statistics(
     x: Tensor, w: Tensor, bias: Tensor | None, labels: Tensor, save: bool
 ) -> Statistics:
-    """lse, target and sum, each (N,), and what `save` keeps: exponentials and their references."""
+    """lse, target, sum, low, each (N,), and what `save` keeps: exponentials and references."""
     run = kernels.statistics if use_triton(x) else _statistics
     with torch.autocast(x.device.type, enabled=False):
         return run(x.contiguous(), w.contiguous(), bias, labels.contiguous(), save)
@@ -160,8 +171,8 @@ def class_statistics(
 
 @class_statistics.register_fake
 def _(x: Tensor, w: Tensor, bias: Tensor | None, labels: Tensor, save: bool) -> Statistics:
-    lse, target, total = (x.new_empty(len(x), dtype=work_dtype(x)) for _ in range(3))
-    return lse, target, total, *_saved_like(x, len(w), save)
+    lse, target, total, low = (x.new_empty(len(x), dtype=work_dtype(x)) for _ in range(4))
+    return lse, target, total, low, *_saved_like(x, len(w), save)
 
 
 @torch.library.custom_op("fastssl::class_statistics_backward", mutates_args=())
@@ -174,12 +185,14 @@ def class_statistics_backward(
     bias: Tensor | None,
     labels: Tensor,
     lse: Tensor,
+    target: Tensor,
+    low: Tensor,
     exponentials: Tensor,
     references: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx (N, D), dw (K, D), db (K,), or db (0,) without a bias."""
     x, w, labels = x.contiguous(), w.contiguous(), labels.contiguous()
-    s = Saved(x, w, bias, labels, lse, exponentials, references)
+    s = Saved(x, w, bias, labels, lse, target, low, exponentials, references)
     dx = torch.zeros_like(x, dtype=work_dtype(x))
     dw = torch.empty_like(w)
     db = w.new_empty(0) if bias is None else torch.empty_like(bias)
@@ -192,7 +205,7 @@ def class_statistics_backward(
 
 
 @class_statistics_backward.register_fake
-def _(g_lse, g_target, g_sum, x, w, bias, labels, lse, exponentials, references):
+def _(g_lse, g_target, g_sum, x, w, bias, *_):
     db = w.new_empty(0) if bias is None else torch.empty_like(bias)
     return torch.empty_like(x), torch.empty_like(w), db
 
@@ -204,13 +217,13 @@ def or_zeros(grads: tuple[Tensor | None, ...], like: Tensor) -> list[Tensor]:
 
 def _setup_context(ctx, inputs, output) -> None:
     x, w, bias, labels, _ = inputs
-    lse, _, _, exponentials, references = output
-    ctx.mark_non_differentiable(exponentials, references)
+    lse, target, _, low, exponentials, references = output
+    ctx.mark_non_differentiable(low, exponentials, references)
     ctx.set_materialize_grads(False)  # else backward would get zeros as large as the exponentials
-    ctx.save_for_backward(x, w, bias, labels, lse, exponentials, references)
+    ctx.save_for_backward(x, w, bias, labels, lse, target, low, exponentials, references)
 
 
-def _backward(ctx, g_lse, g_target, g_sum, _exponentials, _references):
+def _backward(ctx, g_lse, g_target, g_sum, *_):
     bias = ctx.saved_tensors[2]
     grads = or_zeros((g_lse, g_target, g_sum), ctx.saved_tensors[4])
     dx, dw, db = class_statistics_backward(*grads, *ctx.saved_tensors)

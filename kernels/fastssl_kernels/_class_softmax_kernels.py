@@ -136,8 +136,8 @@ def _statistics_kernel(
 
 def statistics(
     x: Tensor, w: Tensor, bias: Tensor | None, labels: Tensor, save: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """lse, target, sum (N,) float32, exponentials (ceil(K / C), N, C) and references, or empty."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """lse, target, sum, low (N,) float32; exponentials (ceil(K / C), N, C) and references."""
     n, classes, dim = len(x), len(w), x.shape[1]
     config = tile(x, save or bias is not None)
     row_tiles = triton.cdiv(n, config["BLOCK_N"])
@@ -165,9 +165,18 @@ def statistics(
         PRECISION=dot_precision(x),
         **config,
     )
-    lse = torch.logsumexp(partial[0] + partial[1].log(), 0)
+    lse, low = log_sum(partial[0], partial[1])
     # sums in a fixed order: the same input gives the same bits
-    return lse, partial[2].sum(0), partial[3].sum(0), exponentials, references
+    return lse, partial[2].sum(0), partial[3].sum(0), low, exponentials, references
+
+
+def log_sum(tops: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+    """log sum_b sums_b exp(tops_b), rounded, and what rounding left. (B, N) -> (N,), (N,)"""
+    top = tops.amax(0)
+    log = (sums * (tops - top).exp()).sum(0).log()
+    lse = top + log
+    part = lse - top  # Knuth's two-sum
+    return lse, (top - (lse - part)) + (log - part)
 
 
 def saved_like(x: Tensor, classes: int, save: bool) -> tuple[Tensor, Tensor]:
@@ -191,7 +200,7 @@ def _gradient_kernel(
     bias_ptr,
     labels_ptr,
     lse_ptr,
-    grads_ptr,  # (3, N): of lse, target, sum
+    grads_ptr,  # (3, N): of lse, the target's entry, of sum
     exp_ptr,  # (N, C), this block's
     reference_ptr,  # (tiles, N), from this block's first tile on
     g_ptr,  # (N, C)
@@ -218,7 +227,7 @@ def _gradient_kernel(
     at = rows.to(tl.int64)[:, None] * C + columns[None, :]
     lse = tl.load(lse_ptr + near)
     g_lse = tl.load(grads_ptr + near)
-    g_target = tl.load(grads_ptr + N + near)
+    entry = tl.load(grads_ptr + N + near)
     g_sum = tl.load(grads_ptr + 2 * N + near)
     if SAVED:
         e = tl.load(exp_ptr + at, mask=inside, other=0.0).to(tl.float32)
@@ -231,9 +240,7 @@ def _gradient_kernel(
             z += tl.load(bias_ptr + here).to(tl.float32)[None, :]
         p = tl.exp2((z - lse[:, None]) * LOG2E)
     own = classes[None, :] == tl.load(labels_ptr + near).to(tl.int32)[:, None]
-    g = (
-        g_lse[:, None] * p + g_sum[:, None] + tl.where(own, g_target[:, None], 0.0)
-    )  # before rounding
+    g = tl.where(own, entry[:, None], g_lse[:, None] * p + g_sum[:, None])  # in float32
     tl.store(g_ptr + at, g.to(g_ptr.dtype.element_ty), mask=inside)
 
 
@@ -249,7 +256,7 @@ def gradient_block(
     start: int,
     stop: int,
 ) -> Tensor:
-    """G (N, stop - start) in x's dtype. grads (3, N): of lse, target and sum."""
+    """G (N, stop - start) in x's dtype. grads (3, N): of lse, the target's entry, of sum."""
     n, dim, size = len(x), x.shape[1], block_classes(len(x))
     save = len(exponentials) > 0
     config = tile(x, save or bias is not None)

@@ -265,6 +265,8 @@ def class_update(
     copy: Tensor | None,
     labels: Tensor,
     lse: Tensor,
+    target: Tensor,
+    low: Tensor,
     exponentials: Tensor,
     references: Tensor,
     rows: Tensor | None,
@@ -285,7 +287,8 @@ def class_update(
     rows: (S,) the sampled classes, in whose order `copy` and `labels` count; None for all.
     """
     x, labels = x.contiguous(), labels.contiguous()
-    s = Saved(x, w if copy is None else copy, None, labels, lse, exponentials, references)
+    weight = w if copy is None else copy
+    s = Saved(x, weight, None, labels, lse, target, low, exponentials, references)
     dx = torch.zeros_like(x, dtype=work_dtype(x))
     healthy = g_lse.isfinite().all()
     step += healthy
@@ -345,13 +348,16 @@ def _(x, copy, labels, save, rows, w, *_):
 
 def _setup_context(ctx, inputs, output) -> None:
     x, copy, labels, _, rows, w, m, v, step, lr, *ctx.rule = inputs
-    lse, _, _, exponentials, references = output
-    ctx.mark_non_differentiable(exponentials, references)
+    lse, target, _, low, exponentials, references = output
+    ctx.mark_non_differentiable(low, exponentials, references)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, copy, labels, lse, exponentials, references, rows, w, m, v, step, lr)
+    ctx.save_for_backward(
+        *(x, copy, labels, lse, target, low, exponentials, references),
+        *(rows, w, m, v, step, lr),
+    )
 
 
-def _backward(ctx, g_lse, g_target, g_sum, _exponentials, _references):
+def _backward(ctx, g_lse, g_target, g_sum, *_):
     grads = or_zeros((g_lse, g_target, g_sum), ctx.saved_tensors[3])
     dx = class_update(*grads, *ctx.saved_tensors, *ctx.rule)
     return dx, *[None] * 14

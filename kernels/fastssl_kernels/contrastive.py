@@ -19,7 +19,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastssl_kernels._class_shards import Shard, combine_lse, gather_inputs, sum_ranks, times_world
+from fastssl_kernels._class_shards import (
+    Shard,
+    combine_lse,
+    gather,
+    gather_inputs,
+    sum_ranks,
+    times_world,
+)
 from fastssl_kernels._class_softmax import work_dtype
 from fastssl_kernels._group import group_name
 from fastssl_kernels._similarity import KINDS, self_similarity_lse, similarity_lse
@@ -88,9 +95,9 @@ def nt_xent_loss(
         first = int(shard.first)
         lse, _ = similarity_lse(z.flatten(0, 1), everything, first, KINDS[similarity], False)
     pairs = _shape(torch.einsum("and,bnd->abn", *[z.to(work_dtype(z))] * 2), similarity)
-    positives = pairs.sum() - pairs.diagonal().sum()
-    total = lse.sum() - positives / (len(z) - 1)
-    return sum_ranks(total, shard) / shard.classes
+    others = 1 - torch.eye(len(z), dtype=pairs.dtype, device=z.device)
+    positives = (pairs * others[:, :, None]).sum(1).flatten() / (len(z) - 1)  # (V N,)
+    return sum_ranks((lse - positives).sum(), shard) / shard.classes  # rows first: less cancels
 
 
 def info_nce_loss(
@@ -118,11 +125,13 @@ def info_nce_loss(
     everything = gather_inputs(k, shard)
     q, k = times_world(q, shard), times_world(k, shard)
     row, col = similarity_lse(q, everything, -1, KINDS["cosine"], symmetric)
-    positives = (q.to(row.dtype) * k[: len(q)].to(row.dtype)).sum()
-    rows = sum_ranks(row.sum() - positives, shard)
+    positives = (q.to(row.dtype) * k[: len(q)].to(row.dtype)).sum(1)  # (N,)
+    rows = sum_ranks((row - positives).sum(), shard)
     if not symmetric:
         return rows / shard.classes
-    columns = combine_lse(col, [], shard)[0].sum() - sum_ranks(positives, shard)
+    col = combine_lse(col, torch.zeros_like(col), [], shard)[0]  # of all ranks' keys
+    fixed = positives.detach()  # in value, each column's; in gradient, this rank's
+    columns = (col - gather(fixed, shard)).sum() - sum_ranks((positives - fixed).sum(), shard)
     return (rows + columns) / (2 * shard.classes)
 
 

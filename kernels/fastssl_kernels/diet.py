@@ -159,8 +159,9 @@ class DIETHead(nn.Module):
             )
         else:
             statistics = class_statistics(x, w, None, labels, keep)
-        lse, target, total = combine_lse(statistics[0], list(statistics[1:3]), shard)
-        loss = smoothed_rows(lse, target, total, classes, self.label_smoothing).mean()
+        lse, target, total, low, _, _ = statistics
+        lse, low, target, total = combine_lse(lse, low, [target, total], shard)
+        loss = smoothed_rows(lse, low, target, total, classes, self.label_smoothing).mean()
         return plain_loss(loss, FUSED_ONLY) if fused else loss
 
     def refuse_unless_plain(

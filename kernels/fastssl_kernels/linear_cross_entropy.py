@@ -88,9 +88,9 @@ def linear_cross_entropy(
     x, w, bias = cast_for_product(input, linear_weight, linear_bias)
     x = gather_inputs(x, shard)
     keep = keeps_exponentials(save, x, len(w))
-    lse, z_target, z_sum, _, _ = class_statistics(x, w, bias, labels - shard.first, keep)
-    lse, z_target, z_sum = combine_lse(lse, [z_target, z_sum], shard)
-    rows = smoothed_rows(lse, z_target, z_sum, shard.classes, label_smoothing)
+    lse, z_target, z_sum, low, _, _ = class_statistics(x, w, bias, labels - shard.first, keep)
+    lse, low, z_target, z_sum = combine_lse(lse, low, [z_target, z_sum], shard)
+    rows = smoothed_rows(lse, low, z_target, z_sum, shard.classes, label_smoothing)
     return reduce_rows(rows, labels >= 0, reduction)
 
 
@@ -130,10 +130,15 @@ def keeps_exponentials(save: str, x: Tensor, classes: int) -> bool:
 
 
 def smoothed_rows(
-    lse: Tensor, target: Tensor, total: Tensor, classes: int | Tensor, label_smoothing: float
+    lse: Tensor,
+    low: Tensor,
+    target: Tensor,
+    total: Tensor,
+    classes: int | Tensor,
+    label_smoothing: float,
 ) -> Tensor:
-    """The loss of each row from its statistics. (N,) -> (N,)"""
-    return lse - (1 - label_smoothing) * target - label_smoothing / classes * total
+    """The loss of each row from its statistics, without cancellation where it is small. (N,)"""
+    return ((lse - target) + low) + label_smoothing * (target - total / classes)
 
 
 def reduce_rows(rows: Tensor, valid: Tensor, reduction: str) -> Tensor:
