@@ -46,6 +46,18 @@ def column_dots(x: Tensor, y: Tensor) -> Tensor:
     return torch.stack(parts).sum(0)
 
 
+def cross_gaps(x: Tensor) -> Tensor:
+    """(V, n, D) -> (V, V, D): squared distances of all views' columns, in one pass over x."""
+    views, _, width = x.shape
+    dtype = accumulation_dtype(x)
+    gaps = x.new_zeros((views, views, width), dtype=dtype)
+    for r in row_chunks(x):
+        rows = x[:, r].to(dtype)
+        for a in range(views - 1):
+            gaps[a, a + 1 :] += (rows[a + 1 :] - rows[a]).square().sum(1)
+    return gaps + gaps.transpose(0, 1)
+
+
 def cross_dots(x: Tensor) -> Tensor:
     """(V, n, D) -> (V, V, D): inner products of all views' columns, in one pass over x."""
     views, _, width = x.shape

@@ -15,6 +15,9 @@ deviation. So everything but P_a is in one table:
 
     dL/dz_a = scale_a P_a + sum_b coef_ab (z_b - mean_b)
 
+On the diagonal, r_ab = C_ii - 1 comes from the distance of two columns, so that nothing cancels as
+they become equal: r_ab = -1/2 (mean of (h_a - h_b)^2 + eps / (var_a + eps) + eps / (var_b + eps)).
+
 Shapes: V views, N batch, n rows of this rank, D embedding.
 """
 # mypy: allow-untyped-defs
@@ -38,13 +41,13 @@ from fastssl_kernels._columns import (
     column_dots,
     column_mean,
     column_square,
-    cross_dots,
+    cross_gaps,
     load_tile,
     row_chunks,
     slot_sum,
     weighted_total,
 )
-from fastssl_kernels._group import gather_batch, group_name, row_counts, sum_ranks
+from fastssl_kernels._group import gather_batch, group_name, local_rows, row_counts, sum_ranks
 from fastssl_kernels._launch import use_triton
 from fastssl_kernels._views import stack_views
 from fastssl_kernels.gram import (
@@ -111,7 +114,7 @@ def barlow_twins_loss(
     Source: arXiv:2103.03230, eq. 1; "mean": arXiv:2312.10725.
     """
     name = "barlow_twins_loss"
-    z = stack_views(views, name)
+    z = stack_views(views, name, rows=local_rows(group))
     check_path(path, name)
     if pairing not in ("pairs", "mean"):
         raise ValueError(f"{name}: pairing is {pairing!r}; choose 'pairs' or 'mean'")
@@ -146,20 +149,20 @@ def _lean_loss(
     total = sum(rows)
     way = choose_path(path, z[:1] if by_mean else z, total, pairs=not by_mean)
     mean, h = centred(z, total, group)
-    c = sum_ranks(cross_dots(h), group) / total  # (V, V, D) covariance, then correlation
-    rstd = (c.diagonal().T + eps).rsqrt()  # (V, D)
-    c *= rstd[:, None] * rstd[None]
+    rstd = (sum_ranks(column_dots(h, h), group) / total + eps).rsqrt()  # (V, D)
     h *= rstd[:, None]
+    gaps = sum_ranks(cross_gaps(h), group) / total + eps * (rstd[:, None] ** 2 + rstd**2)
+    r = gaps / -2  # (V, V, D)
     x = (h.mean(0, keepdim=True) if by_mean else h).to(_operand_dtype(z))
     energy, product = energy_and_product(
         x, rows, pairs=not by_mean, path=way, scale=1 / total, group=group, product=gradient
     )
     terms = _mean_terms if by_mean else _pair_terms
-    loss, alpha, w = terms(c, energy, lambd, total, kept=way == "gram")
+    loss, alpha, w = terms(r, energy, lambd, total, kept=way == "gram")
     if not gradient:
         return no_gradient(loss)
     pull = sum_ranks(column_dots(product, h), group)  # (V, D)
-    t = alpha / total * pull + (w * c).sum(1)  # (V, D) column means of dL/dh_a * h_a
+    t = alpha / total * pull + (w + w * r).sum(1)  # (V, D) column means of dL/dh_a * h_a
     for a in range(len(z)):
         w[a, a] -= t[a]
     world = len(rows)  # data-parallel averaging divides by it again
@@ -173,27 +176,27 @@ def _operand_dtype(z: Tensor) -> torch.dtype:
 
 
 def _pair_terms(
-    c: Tensor, energy: Tensor, lambd: float, total: int, kept: bool
+    r: Tensor, energy: Tensor, lambd: float, total: int, kept: bool
 ) -> tuple[Tensor, float, Tensor]:
     """(loss, alpha, w (V, V, D)) for all pairs. `kept`: the energy still holds the diagonals."""
-    views = len(c)
+    views = len(r)
     pairs = views * (views - 1) / 2
-    apart = ~torch.eye(views, dtype=torch.bool, device=c.device)[..., None]  # a != b
-    on = torch.where(apart, (c - 1).square() - lambd * kept * c.square(), 0).sum() / 2
-    w = torch.where(apart, c - 1 - lambd * kept * c, 0) * (2 / (total * pairs))
+    apart = ~torch.eye(views, dtype=torch.bool, device=r.device)[..., None]  # a != b
+    on = torch.where(apart, r.square() - lambd * kept * (1 + r).square(), 0).sum() / 2
+    w = torch.where(apart, r - lambd * kept * (1 + r), 0) * (2 / (total * pairs))
     return (on + lambd * energy) / pairs, 2 * lambd / (total * pairs), w
 
 
 def _mean_terms(
-    c: Tensor, energy: Tensor, lambd: float, total: int, kept: bool
+    r: Tensor, energy: Tensor, lambd: float, total: int, kept: bool
 ) -> tuple[Tensor, float, Tensor]:
     """(loss, alpha, w (V, V, D)) for each view against the mean of all, as `_pair_terms`."""
-    views = len(c)
-    to_mean = c.mean(1)  # (V, D): (h_v^T m / N)_ii
-    own = to_mean.mean(0)  # (D,): (m^T m / N)_ii
+    views = len(r)
+    to_mean = r.mean(1)  # (V, D): (h_v^T m / N)_ii - 1
+    own = 1 + to_mean.mean(0)  # (D,): (m^T m / N)_ii
     off = energy - own.square().sum() if kept else energy
-    loss = (to_mean - 1).square().sum() / views + lambd * off
-    w = to_mean[:, None] + to_mean[None] - 2 - 2 * lambd * kept * own
+    loss = to_mean.square().sum() / views + lambd * off
+    w = to_mean[:, None] + to_mean[None] - 2 * lambd * kept * own
     return loss, 4 * lambd / (total * views), w * (2 / (views**2 * total))
 
 
@@ -209,11 +212,11 @@ def _fused_loss(
     grid = (triton.cdiv(width, BLOCK_D), views)
     h = torch.empty_like(z)
     mean, rstd, scale = (z.new_empty((views, width), dtype=torch.float32) for _ in range(3))
-    c, coef = (z.new_empty((views, views, width), dtype=torch.float32) for _ in range(2))
+    r, coef = (z.new_empty((views, views, width), dtype=torch.float32) for _ in range(2))
     on = z.new_empty(grid[0] * views, dtype=torch.float32)
     blocks = {"BLOCK_N": BLOCK_N, "BLOCK_D": BLOCK_D}
     _columns_kernel[grid](
-        z, h, mean, rstd, c, on, views, n, width, eps, lambd * kept, 0.5 / pairs, **blocks
+        z, h, mean, rstd, r, on, views, n, width, eps, lambd * kept, 0.5 / pairs, **blocks
     )
     energy, product = fused_energy_and_product(
         h, pairs=True, path=way, scale=1 / n, product=gradient
@@ -225,7 +228,7 @@ def _fused_loss(
         product,
         h,
         rstd,
-        c,
+        r,
         scale,
         coef,
         on,
@@ -252,7 +255,7 @@ def _columns_kernel(
     h_ptr,
     mean_ptr,
     rstd_ptr,
-    c_ptr,
+    r_ptr,
     partial_ptr,
     V,
     N,
@@ -274,14 +277,18 @@ def _columns_kernel(
     for b in range(V):
         mean_b = column_mean(z_ptr, b, cols, N, D, BLOCK_N, BLOCK_D)
         var_b = column_square(z_ptr, b, cols, mean_b, N, D, BLOCK_N, BLOCK_D) / N
-        dots = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
+        rstd_b = 1.0 / tl.sqrt(var_b + eps)
+        gaps = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
         for start in range(0, N, BLOCK_N):
             za, rows, _ = load_tile(z_ptr, a, start, cols, N, D, BLOCK_N)
             zb, _, _ = load_tile(z_ptr, b, start, cols, N, D, BLOCK_N)
-            dots += tl.where(rows, (za - mean_a[None, :]) * (zb - mean_b[None, :]), 0.0)
-        c = tl.sum(dots, axis=0) / N * rstd_a / tl.sqrt(var_b + eps)
-        tl.store(c_ptr + (a * V + b) * D + cols, c, mask=inside)
-        on += tl.where(inside & (b != a), (c - 1) * (c - 1) - diagonal * c * c, 0.0)
+            gap = (za - mean_a[None, :]) * rstd_a[None, :] - (zb - mean_b[None, :]) * rstd_b[
+                None, :
+            ]
+            gaps += tl.where(rows, gap * gap, 0.0)
+        r = -0.5 * (tl.sum(gaps, axis=0) / N + eps * (rstd_a * rstd_a + rstd_b * rstd_b))
+        tl.store(r_ptr + (a * V + b) * D + cols, r, mask=inside)
+        on += tl.where(inside & (b != a), r * r - diagonal * (1 + r) * (1 + r), 0.0)
     for start in range(0, N, BLOCK_N):
         za, rows, offsets = load_tile(z_ptr, a, start, cols, N, D, BLOCK_N)
         tl.store(h_ptr + offsets, (za - mean_a[None, :]) * rstd_a[None, :], mask=rows)
@@ -295,7 +302,7 @@ def _terms_kernel(
     p_ptr,
     h_ptr,
     rstd_ptr,
-    c_ptr,
+    r_ptr,
     scale_ptr,
     coef_ptr,
     on_ptr,
@@ -326,11 +333,11 @@ def _terms_kernel(
     t = alpha / N * tl.sum(dots, axis=0)
     rstd_a = tl.load(rstd_ptr + a * D + cols, mask=inside, other=0.0)
     for b in range(V):
-        c = tl.load(c_ptr + (a * V + b) * D + cols, mask=inside, other=0.0)
+        r = tl.load(r_ptr + (a * V + b) * D + cols, mask=inside, other=0.0)
         rstd_b = tl.load(rstd_ptr + b * D + cols, mask=inside, other=0.0)
-        w = tl.where(b != a, weight * (c - 1 - diagonal * c), 0.0)
-        t += w * c
-        tl.store(coef_ptr + (a * V + b) * D + cols, rstd_a * rstd_b * w, mask=inside)
+        w = tl.where(b != a, weight * (r - diagonal * (1 + r)), 0.0)
+        t += w + w * r
+        tl.store(coef_ptr + (a * V + b) * D + cols, rstd_a * rstd_b * w, mask=inside & (b != a))
     tl.store(coef_ptr + (a * V + a) * D + cols, -rstd_a * rstd_a * t, mask=inside)
     tl.store(scale_ptr + a * D + cols, alpha * rstd_a, mask=inside)
     if (a == 0) & (tl.program_id(0) == 0):
@@ -365,9 +372,21 @@ def _gradient(
     if use_triton(z):
         views, n, width = z.shape
         shared = 0 if len(product) == 1 else 1  # views' stride in product, in views
-        grid = (triton.cdiv(width, 2 * BLOCK_D), triton.cdiv(n, BLOCK_N), views)
+        grid = (triton.cdiv(width, BLOCK_D), triton.cdiv(n, BLOCK_N), views)
         _gradient_kernel[grid](
-            grad, z, product, mean, scale, coef, out, views, n, width, shared, BLOCK_N, 2 * BLOCK_D
+            grad,
+            z,
+            product,
+            mean,
+            scale,
+            coef,
+            out,
+            views,
+            n,
+            width,
+            shared,
+            BLOCK_N,
+            BLOCK_D,
         )
         return out
     with torch.autocast(z.device.type, enabled=False):

@@ -28,14 +28,24 @@ import triton.language as tl
 from torch import Tensor
 
 from fastssl_kernels._columns import accumulation_dtype, column_dots, cross_dots
-from fastssl_kernels._group import gather_batch, gather_rows, group_name, row_counts, sum_ranks
+from fastssl_kernels._group import (
+    gather_batch,
+    gather_rows,
+    group_name,
+    local_rows,
+    row_counts,
+    sum_ranks,
+)
+from fastssl_kernels._launch import architecture
 from fastssl_kernels._views import stack_views
 
 Path = Literal["auto", "gram", "direct", "eager"]
 ENTRIES = 2048  # entries of a Gram matrix that one program reduces
-TILES = {  # bytes of an element -> rows, columns, depth of a tile, warps, stages
-    2: (128, 128, 64, 8, 3),
-    4: (64, 64, 32, 4, 3),
+TILES = {  # (bytes of an element, on tcgen05): rows, columns, depth of a tile, warps, stages
+    (2, False): (128, 128, 64, 8, 3),
+    (2, True): (128, 128, 64, 4, 3),  # 8 warps spill there
+    (4, False): (64, 64, 32, 4, 3),
+    (4, True): (64, 64, 32, 4, 3),
 }
 PATHS = ("auto", "gram", "direct", "eager")
 SLAB = 2**20  # elements of a slab on a CPU (4 MiB of fp32)
@@ -189,7 +199,7 @@ def _tile_kernel(
     c = tl.where(i[:, None] == first + j[None, :], 0.0, c * scale)
     if WRITE:
         inside = (i < D)[:, None] & (j < width)[None, :]
-        tl.store(slab_ptr + i.to(tl.int64)[:, None] * width + j[None, :], c, mask=inside)
+        tl.store(slab_ptr + i[:, None] * width + j[None, :], c, mask=inside)  # a slab is < 2^31
     slot = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
     tl.store(partial_ptr + slot, tl.sum(c * c))
 
@@ -222,7 +232,8 @@ def _fused_direct(x: Tensor, pairs: bool, scale: float, product: bool) -> tuple[
     views, n, width = x.shape
     out = torch.zeros_like(x) if product else x.new_empty(0)
     precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-    block_i, block_j, block_n, warps, stages = TILES[x.element_size()]
+    tcgen05 = 100 <= architecture(x) < 120
+    block_i, block_j, block_n, warps, stages = TILES[x.element_size(), tcgen05]
     partials = []
     for j in _slabs(width, -(-width // 2), width, x):
         columns = j.stop - j.start
@@ -335,7 +346,7 @@ def second_moment_energy(
     Returns float32 (float64 for float64 input). ValueError on shapes, dtypes, devices, path, group.
     """
     name = "second_moment_energy"
-    z = stack_views(views, name, at_least=2 if pairs else 1)
+    z = stack_views(views, name, at_least=2 if pairs else 1, rows=local_rows(group))
     check_path(path, name)
     ranks = group_name(group, name)
     if path == "eager":

@@ -36,11 +36,12 @@ from fastssl_kernels._columns import (
     column_dots,
     column_mean,
     column_square,
+    cross_gaps,
     load_tile,
     row_chunks,
     weighted_total,
 )
-from fastssl_kernels._group import gather_batch, group_name, row_counts, sum_ranks
+from fastssl_kernels._group import gather_batch, group_name, local_rows, row_counts, sum_ranks
 from fastssl_kernels._launch import use_triton
 from fastssl_kernels._views import stack_views
 from fastssl_kernels.gram import (
@@ -114,7 +115,7 @@ def vicreg_loss(
     Source: arXiv:2105.04906, eq. 1-6, with the official code's halved variance term.
     """
     name = "vicreg_loss"
-    z = stack_views(views, name)
+    z = stack_views(views, name, rows=local_rows(group))
     check_path(path, name)
     ranks = group_name(group, name)
     weights = (sim_coeff, std_coeff, cov_coeff, gamma, eps)
@@ -195,7 +196,7 @@ def _lean_loss(
         operand, rows, pairs=False, path=way, scale=scale, group=group, product=gradient
     )
     std = (var + eps).sqrt()
-    apart = sum_ranks(_squared_distances(z), group)
+    apart = sum_ranks(cross_gaps(z).sum() / 2, group)
     off = energy - var.square().sum() if kept else energy
     loss = weights.apart * apart + weights.hinge * F.relu(gamma - std).sum() + weights.energy * off
     if not gradient:
@@ -209,15 +210,6 @@ def _lean_loss(
 def _operand_dtype(z: Tensor) -> torch.dtype:
     """What the matrix products read. Not float16: z is not standardised, x x^T could overflow."""
     return z.dtype if use_triton(z) and z.dtype == torch.bfloat16 else accumulation_dtype(z)
-
-
-def _squared_distances(z: Tensor) -> Tensor:
-    """sum_{a < b} ||z_a - z_b||^2, (V, n, D) -> (), from the distances to view 0."""
-    views, parts = len(z), []
-    for r in row_chunks(z):
-        apart = _from_first(z[:, r])
-        parts.append(views * apart.square().sum() - apart.sum(0).square().sum())
-    return torch.stack(parts).sum()
 
 
 def _from_first(z: Tensor) -> Tensor:
@@ -347,9 +339,9 @@ def _gradient(
     out = torch.empty_like(z)
     if use_triton(z):
         views, n, width = z.shape
-        grid = (triton.cdiv(width, 2 * BLOCK_D), triton.cdiv(n, BLOCK_N), views)
+        grid = (triton.cdiv(width, BLOCK_D), triton.cdiv(n, BLOCK_N), views)
         _gradient_kernel[grid](
-            grad, z, product, mean, own, factors, out, views, n, width, BLOCK_N, 2 * BLOCK_D
+            grad, z, product, mean, own, factors, out, views, n, width, BLOCK_N, BLOCK_D
         )
         return out
     with torch.autocast(z.device.type, enabled=False):

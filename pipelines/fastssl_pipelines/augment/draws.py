@@ -1,0 +1,249 @@
+"""What is drawn for a view: every parameter, from Philox words, once for all back ends.
+
+As it stands this file is torch, vectorised over samples. `rebind.py` compiles the same functions
+for numba and for Triton with that compiler's own `real`, `sqrt`, ... in place of the primitives
+below; so they keep to operators, to each other, to primitives and to the constants in capitals. All
+arithmetic is fp64 made of single IEEE operations in a fixed order: the three compilers agree bit
+for bit.
+
+Crop and erasing follow torchvision's `RandomResizedCrop.make_params` and `RandomErasing`: ten
+attempts, then the largest centred crop of an allowed ratio (crop), or nothing (erasing).
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+# ^ arguments are tensors, scalars or blocks of pointers, as the compiler has it
+
+import math
+
+import torch
+
+from fastssl_pipelines.randomness import philox
+from fastssl_pipelines.spec import View
+
+# What one view of one image is: a row of float32 (integers below 2^24 are exact).
+COLUMNS = (
+    "top", "left", "height", "width",  # the crop, px of the image
+    "flip",
+    "step0", "step1", "step2", "step3",  # 0 brightness, 1 contrast, 2 saturation, 3 hue; -1 none
+    "brightness", "contrast", "saturation", "hue",  # factors; hue in turns
+    "gray",
+    "sigma",  # of the blur, px of the view; 0 is none
+    "solarize",  # the threshold; 2 is none
+    "erase_top", "erase_left", "erase_height", "erase_width",  # px of the view; height 0 is none
+)  # fmt: skip
+(
+    TOP, LEFT, HEIGHT, WIDTH, FLIP, STEP0, STEP1, STEP2, STEP3, BRIGHTNESS, CONTRAST, SATURATION,
+    HUE, GRAY, SIGMA, SOLARIZE, ERASE_TOP, ERASE_LEFT, ERASE_HEIGHT, ERASE_WIDTH,
+) = range(len(COLUMNS))  # fmt: skip
+
+# Where `view_numbers` puts what a View says. A range is two numbers, (low, high - low).
+SIDE, PATCHED, PATCH, RATIO_LOW, RATIO_HIGH = 0, 1, 2, 3, 4
+FLIP_P, JITTER_P, GRAY_P, BLUR_P, SOLARIZE_P, THRESHOLD, ERASE_P = 5, 6, 7, 8, 9, 10, 11
+AREA, LOG_RATIO, BRIGHTNESSES, CONTRASTS, SATURATIONS, HUES, SIGMAS = 12, 14, 16, 18, 20, 22, 24
+ERASE_AREA, ERASE_LOG_RATIO = 26, 28
+MEAN, STD = 30, 33
+
+
+def view_numbers(view: View) -> tuple[float, ...]:
+    """`view` as the numbers that the formulas and the kernels read."""
+    b, c, s, h = view.jitter
+    ranges = (
+        view.scale,
+        (math.log(view.ratio[0]), math.log(view.ratio[1])),
+        *((max(0.0, 1 - x), 1 + x) for x in (b, c, s)),
+        (-h, h),
+        view.blur_sigma,
+        view.erase_scale,
+        (math.log(view.erase_ratio[0]), math.log(view.erase_ratio[1])),
+    )
+    return (
+        float(view.size),
+        float(view.patch is not None),
+        float(view.patch or 0),
+        *view.ratio,
+        view.flip,
+        view.jitter_p,
+        view.gray,
+        view.blur,
+        view.solarize,
+        view.solarize_threshold,
+        view.erase,
+        *(number for low, high in ranges for number in (low, high - low)),
+        *view.mean,
+        *view.std,
+    )
+
+
+def number(numbers, which):
+    return numbers[which]
+
+
+def put(row, column, value):
+    row[:, column] = value
+
+
+def real(word):
+    return word.double()
+
+
+def indicator(condition):
+    return condition.double()
+
+
+def some(condition):
+    return condition.any()
+
+
+sqrt, floor, where = torch.sqrt, torch.floor, torch.where
+
+
+def uniform(word):
+    """[0, 1), a multiple of 2^-32."""
+    return real(word) * 2.3283064365386963e-10
+
+
+def happens(word, p):
+    return indicator(uniform(word) < p)
+
+
+def between(word, numbers, which):
+    return number(numbers, which) + uniform(word) * number(numbers, which + 1)
+
+
+def round_even(x):
+    """To the nearest integer, ties to even, by fp64's own rounding at 1.5 * 2^52."""
+    return (x + 6755399441055744.0) - 6755399441055744.0
+
+
+def exponential(x):
+    """exp(x) for |x| < 4 within 1e-14: every library's own differs in the last bits."""
+    y = x * 0.0625
+    e = y * 0.09090909090909091 + 1.0
+    e = e * y * 0.1 + 1.0
+    e = e * y * 0.1111111111111111 + 1.0
+    e = e * y * 0.125 + 1.0
+    e = e * y * 0.14285714285714285 + 1.0
+    e = e * y * 0.16666666666666666 + 1.0
+    e = e * y * 0.2 + 1.0
+    e = e * y * 0.25 + 1.0
+    e = e * y * 0.3333333333333333 + 1.0
+    e = e * y * 0.5 + 1.0
+    e = e * y + 1.0
+    e = e * e
+    e = e * e
+    e = e * e
+    return e * e
+
+
+def sides(area, ratio):
+    """(sqrt(area * ratio), sqrt(area / ratio)) as integers."""
+    return round_even(sqrt(area * ratio)), round_even(sqrt(area / ratio))
+
+
+def draw_crop(index, view, seed, epoch, height, width, numbers):
+    """(top, left, height, width): draws 3 to 12."""
+    found = height * 0.0
+    top = height * 0.0
+    left = height * 0.0
+    h = height * 0.0
+    w = height * 0.0
+    for attempt in range(10):
+        if some(found < 1.0):
+            a, b, c, d = philox(index, view, view * 0 + (attempt + 3), seed, epoch)
+            area = height * width * between(a, numbers, AREA)
+            wide, high = sides(area, exponential(between(b, numbers, LOG_RATIO)))
+            wide = wide + number(numbers, PATCHED) * (number(numbers, PATCH) - wide)
+            high = high + number(numbers, PATCHED) * (number(numbers, PATCH) - high)
+            fits = (wide > 0) & (wide <= width) & (high > 0) & (high <= height)
+            take = indicator(fits) * (1.0 - found)
+            h = h + take * (high - h)
+            w = w + take * (wide - w)
+            top = top + take * floor(uniform(c) * (height - high + 1.0))
+            left = left + take * floor(uniform(d) * (width - wide + 1.0))
+            found = found + take
+    low = number(numbers, RATIO_LOW)
+    high = number(numbers, RATIO_HIGH)
+    wide = where(width > height * high, round_even(height * high), width)
+    high = where(width < height * low, round_even(width / low), height)
+    wide = where(wide < 1.0, 1.0, wide)
+    high = where(high < 1.0, 1.0, high)
+    h = h + (1.0 - found) * (high - h)
+    w = w + (1.0 - found) * (wide - w)
+    top = top + (1.0 - found) * floor((height - h) * 0.5)
+    left = left + (1.0 - found) * floor((width - w) * 0.5)
+    return top, left, h, w
+
+
+def draw_erasing(index, view, seed, epoch, wanted, numbers):
+    """(top, left, height, width), all 0 where nothing is `wanted` or found: draws 13 to 22."""
+    side = wanted * 0.0 + number(numbers, SIDE)
+    found = 1.0 - wanted
+    top = side * 0.0
+    left = side * 0.0
+    h = side * 0.0
+    w = side * 0.0
+    for attempt in range(10):
+        if some(found < 1.0):
+            a, b, c, d = philox(index, view, view * 0 + (attempt + 13), seed, epoch)
+            area = side * side * between(a, numbers, ERASE_AREA)
+            high, wide = sides(area, exponential(between(b, numbers, ERASE_LOG_RATIO)))
+            take = indicator((wide < side) & (high < side)) * (1.0 - found)
+            h = h + take * (high - h)
+            w = w + take * (wide - w)
+            top = top + take * floor(uniform(c) * (side - high + 1.0))
+            left = left + take * floor(uniform(d) * (side - wide + 1.0))
+            found = found + take
+    return top, left, h, w
+
+
+def draw_order(word, wanted, row):
+    """Put one of the 24 orders of the four jitter steps, or -1 where jitter is not `wanted`."""
+    rank = floor(uniform(word) * 24.0)
+    first = floor((rank + 0.5) / 6.0)
+    rest = rank - first * 6.0
+    second = floor(rest * 0.5)
+    third = rest - second * 2.0
+    second = second + indicator(second >= first)
+    smaller = where(first < second, first, second)
+    larger = where(first < second, second, first)
+    third = third + indicator(third >= smaller)
+    third = third + indicator(third >= larger)
+    put(row, STEP0, wanted * (first + 1.0) - 1.0)
+    put(row, STEP1, wanted * (second + 1.0) - 1.0)
+    put(row, STEP2, wanted * (third + 1.0) - 1.0)
+    put(row, STEP3, wanted * (7.0 - first - second - third) - 1.0)
+
+
+def draw_view(row, index, view, seed, epoch, height, width, numbers):
+    """Fill `row`, the COLUMNS of one view of one image (or of many, side by side).
+
+    index, view, seed, epoch: int64. height, width: the image's, fp64. numbers: what the View says.
+    """
+    top, left, h, w = draw_crop(index, view, seed, epoch, height, width, numbers)
+    put(row, TOP, top)
+    put(row, LEFT, left)
+    put(row, HEIGHT, h)
+    put(row, WIDTH, w)
+    a, b, c, d = philox(index, view, view * 0, seed, epoch)
+    put(row, FLIP, happens(a, number(numbers, FLIP_P)))
+    draw_order(d, happens(b, number(numbers, JITTER_P)), row)
+    put(row, GRAY, happens(c, number(numbers, GRAY_P)))
+    a, b, c, d = philox(index, view, view * 0 + 1, seed, epoch)
+    put(row, BRIGHTNESS, between(a, numbers, BRIGHTNESSES))
+    put(row, CONTRAST, between(b, numbers, CONTRASTS))
+    put(row, SATURATION, between(c, numbers, SATURATIONS))
+    put(row, HUE, between(d, numbers, HUES))
+    a, b, c, d = philox(index, view, view * 0 + 2, seed, epoch)
+    put(row, SIGMA, happens(a, number(numbers, BLUR_P)) * between(b, numbers, SIGMAS))
+    put(
+        row,
+        SOLARIZE,
+        where(happens(c, number(numbers, SOLARIZE_P)) > 0, number(numbers, THRESHOLD), 2.0),
+    )
+    top, left, h, w = draw_erasing(
+        index, view, seed, epoch, happens(d, number(numbers, ERASE_P)), numbers
+    )
+    put(row, ERASE_TOP, top)
+    put(row, ERASE_LEFT, left)
+    put(row, ERASE_HEIGHT, h)
+    put(row, ERASE_WIDTH, w)

@@ -1,0 +1,109 @@
+"""Images of one size or of many, as one flat run of bytes: what every back end reads.
+
+Shapes: M images, H and W pixels.
+"""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+WANTED = "wanted uint8 RGB, (M, H, W, 3) or a sequence of (H, W, 3)"
+
+
+@dataclass(frozen=True)
+class Images:
+    """RGB uint8 images: image i is `height * width * 3` bytes of `flat`, from `offset` on."""
+
+    flat: Tensor  # uint8
+    place: Tensor  # (M, 3) int64: offset, height, width of each
+    same: bool  # whether all have one size
+
+    @property
+    def count(self) -> int:
+        return len(self.place)
+
+    def select(self, index: Tensor) -> "Images":
+        """The images at `index` (N,): no pixel is copied."""
+        return replace(self, place=self.place[index])
+
+    def to(self, device: torch.device | str) -> "Images":
+        """These images on `device`; ValueError where it has no room for them."""
+        if self.flat.device.type != torch.device(device).type:
+            _check_room(self.flat.nbytes, torch.device(device))
+        return replace(self, flat=self.flat.to(device), place=self.place.to(device))
+
+    def pixels(self, i: int) -> Tensor:
+        """(H, W, 3) of image i."""
+        start, height, width = self.place[i].tolist()
+        return self.flat[start : start + height * width * 3].view(height, width, 3)
+
+
+def as_images(source: Any) -> Images:
+    """`source` checked and laid flat, without a copy where it is one contiguous array.
+
+    source: uint8 array or tensor (M, H, W, 3), or a sequence of (H, W, 3) of any sizes. ValueError
+    says which image is wrong and how.
+    """
+    if isinstance(source, Images):
+        return source
+    if isinstance(source, np.ndarray | Tensor):
+        pixels = _tensor(source)
+        _check(pixels.shape, pixels.dtype, 4, "source")
+        count, height, width, _ = pixels.shape
+        return _lay(pixels.reshape(-1), [height] * count, [width] * count)
+    if not isinstance(source, Sequence) or len(source) == 0:
+        raise ValueError(f"source is {type(source).__name__} without images; {WANTED}")
+    tensors = [_tensor(image) for image in source]
+    for i, image in enumerate(tensors):
+        _check(image.shape, image.dtype, 3, f"source[{i}]")
+    _check_room(sum(image.nbytes for image in tensors), tensors[0].device)
+    flat = torch.cat([image.reshape(-1) for image in tensors])
+    return _lay(flat, [t.shape[0] for t in tensors], [t.shape[1] for t in tensors])
+
+
+def _tensor(pixels: Any) -> Tensor:
+    with warnings.catch_warnings():  # read-only memory is welcome: nothing here writes to it
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.as_tensor(pixels)
+
+
+def _lay(flat: Tensor, heights: list[int], widths: list[int]) -> Images:
+    height, width = torch.tensor(heights), torch.tensor(widths)
+    size = height * width * 3
+    place = torch.stack([size.cumsum(0) - size, height, width], dim=1)
+    same = bool((place[:, 1:] == place[0, 1:]).all())
+    return Images(flat, place.to(flat.device), same)
+
+
+def _check_room(needed: int, device: torch.device) -> None:
+    free = free_bytes(device)
+    if needed > free:
+        raise ValueError(
+            f"the images need {needed / 2**30:.3g} GiB, {device} has {free / 2**30:.3g} GiB free:"
+            " store them smaller, or use an engine that reads from disk (dali, ffcv)"
+        )
+
+
+def free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with open("/proc/meminfo") as lines:
+        (kib,) = (line.split()[1] for line in lines if line.startswith("MemAvailable"))
+    return int(kib) * 1024
+
+
+def _check(shape: torch.Size, dtype: torch.dtype, dims: int, name: str) -> None:
+    if dtype != torch.uint8:
+        raise ValueError(f"{name} is {dtype}; {WANTED}: multiply by 255, round and cast")
+    if len(shape) != dims:
+        raise ValueError(f"{name} has shape {tuple(shape)}; {WANTED}")
+    if shape[-1] != 3:
+        hint = "repeat gray 3 times along a last axis, drop alpha, put channels last"
+        raise ValueError(f"{name} has shape {tuple(shape)}; {WANTED}: {hint}")
+    if min(shape) < 1 or min(shape[-3:-1]) < 2:
+        raise ValueError(f"{name} has shape {tuple(shape)}: an image needs at least 2 x 2 pixels")

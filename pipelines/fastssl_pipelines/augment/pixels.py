@@ -1,0 +1,124 @@
+"""What happens to a pixel, and the weight of a neighbour: each formula once, for all back ends.
+
+As it stands this file is torch: `row` is a (N, columns) table and r, g, b are (N, S, S), fp32 in
+[0, 1]. `rebind.py` compiles the same functions for numba (one pixel) and Triton (a tile), as it
+does `draws.py`. Numbers are named, because only then does each compiler keep them in fp32.
+
+The colour formulas are torchvision's for float tensors (`transforms/v2/functional/_color.py`); its
+HSV round trip is written without branches.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+import torch
+
+from fastssl_pipelines.augment.draws import BRIGHTNESS, CONTRAST, GRAY, HUE, SATURATION, SOLARIZE
+
+RED, GREEN, BLUE = 0.2989, 0.587, 0.114  # luma, torchvision's
+ZERO, HALF, ONE, TWO, THREE, FOUR, SIX = 0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0
+ONE_AND_HALF, TWO_AND_HALF = 1.5, 2.5
+TINY = 1e-12  # below any difference of two pixels
+
+where = torch.where
+
+
+def get(row, column):
+    return row[:, column, None, None]
+
+
+def magnitude(x):
+    return where(x < ZERO, -x, x)
+
+
+def clamp(x):
+    x = where(x > ZERO, x, ZERO)
+    return where(x < ONE, x, ONE)
+
+
+def luma(r, g, b):
+    return RED * r + GREEN * g + BLUE * b
+
+
+def blend(x, y, factor):
+    return clamp(factor * x + (ONE - factor) * y)
+
+
+def turn_hue(r, g, b, turns):
+    """HSV and back, with `turns` of a full circle added to the hue."""
+    top = where(r > g, r, g)
+    top = where(top > b, top, b)
+    low = where(r < g, r, g)
+    low = where(low < b, low, b)
+    chroma = top - low
+    step = ONE / where(chroma > TINY, chroma, ONE)
+    hue = where(
+        top == r, (g - b) * step, where(top == g, TWO + (b - r) * step, FOUR + (r - g) * step)
+    )  # in sixths of a turn, [-1, 5]
+    hue = hue + SIX * turns
+    hue = where(hue < ZERO, hue + SIX, hue)
+    hue = where(hue >= SIX, hue - SIX, hue)
+    return (
+        top - chroma * (ONE - clamp(magnitude(hue - THREE) - ONE)),
+        top - chroma * (ONE - clamp(TWO - magnitude(hue - TWO))),
+        top - chroma * (ONE - clamp(TWO - magnitude(hue - FOUR))),
+    )
+
+
+def adjust(step, r, g, b, mean, row):
+    """One jitter step: 0 brightness, 1 contrast, 2 saturation, 3 hue. `mean` is the view's mean
+    luma now."""
+    if step == 0:
+        factor = get(row, BRIGHTNESS)
+        r = clamp(factor * r)
+        g = clamp(factor * g)
+        b = clamp(factor * b)
+    elif step == 1:
+        factor = get(row, CONTRAST)
+        r = blend(r, mean, factor)
+        g = blend(g, mean, factor)
+        b = blend(b, mean, factor)
+    elif step == 2:
+        factor = get(row, SATURATION)
+        y = luma(r, g, b)
+        r = blend(r, y, factor)
+        g = blend(g, y, factor)
+        b = blend(b, y, factor)
+    elif step == 3:
+        r, g, b = turn_hue(r, g, b, get(row, HUE))
+    return r, g, b
+
+
+def recolor(r, g, b, color):
+    """All jitter steps as one map, `color` (12): see `affine.py`."""
+    return (
+        clamp(get(color, 0) * r + get(color, 1) * g + get(color, 2) * b + get(color, 3)),
+        clamp(get(color, 4) * r + get(color, 5) * g + get(color, 6) * b + get(color, 7)),
+        clamp(get(color, 8) * r + get(color, 9) * g + get(color, 10) * b + get(color, 11)),
+    )
+
+
+def tone(r, g, b, row):
+    """What follows the jitter and precedes the blur: grayscale."""
+    gray = get(row, GRAY) > ZERO
+    y = luma(r, g, b)
+    return where(gray, y, r), where(gray, y, g), where(gray, y, b)
+
+
+def finish(x, row):
+    """What follows the blur, on any channel: solarize."""
+    return where(x >= get(row, SOLARIZE), ONE - x, x)
+
+
+def triangle(distance):
+    """Weight of a pixel at `distance` (in px of the coarser grid) in bilinear resampling."""
+    x = ONE - magnitude(distance)
+    return where(x > ZERO, x, ZERO)
+
+
+def cubic(distance):
+    """The same in bicubic resampling: Keys' kernel with a = -1/2, as in Pillow and antialiased
+    torchvision."""
+    x = magnitude(distance)
+    near = (ONE_AND_HALF * x - TWO_AND_HALF) * x * x + ONE
+    far = ((TWO_AND_HALF - HALF * x) * x - FOUR) * x + TWO
+    return where(x < ONE, near, where(x < TWO, far, ZERO))
