@@ -174,9 +174,14 @@ def log_sum(tops: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
     """log sum_b sums_b exp(tops_b), rounded, and what rounding left. (B, N) -> (N,), (N,)"""
     top = tops.amax(0)
     log = (sums * (tops - top).exp()).sum(0).log()
-    lse = top + log
-    part = lse - top  # Knuth's two-sum
-    return lse, (top - (lse - part)) + (log - part)
+    return two_sum(top, log)
+
+
+def two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """a + b rounded, and what rounding left over (Knuth); nothing is left of infinities."""
+    total = a + b
+    part = total - a
+    return total, ((a - (total - part)) + (b - part)).nan_to_num(0.0, 0.0, 0.0)
 
 
 def saved_like(x: Tensor, classes: int, save: bool) -> tuple[Tensor, Tensor]:
