@@ -4,8 +4,8 @@
 
 draws time and memory against K from the results of `python -m bench --only losses`.
 
-Inputs: normal features, class vectors of scale 0.05, uniform targets, label smoothing 0.8. A call is
-forward and backward and, where the name says AdamW, the update of the class weight.
+Inputs: normal features, class vectors of scale 0.05, uniform targets, label smoothing 0.8. A call
+is forward and backward and, where the name says AdamW, the update of the class weight.
 Shapes: N batch, D embedding, K classes.
 """
 
@@ -93,7 +93,7 @@ def _diet(device: str, n: int, dim: int, classes: int, sweep: bool = False) -> C
 
 
 class _Step:
-    """Forward, backward and fused AdamW on a weight of its own; -> loss, gradient of the features."""
+    """Forward, backward and fused AdamW on its own weight; -> loss, gradient of the features."""
 
     def __init__(self, loss: Loss, x: Tensor, w: Tensor, y: Tensor) -> None:
         self.loss, self.x, self.y = loss, x, y
@@ -126,7 +126,7 @@ class _FusedStep:
 
 
 def _softmax(device: str, n: int, dim: int, classes: int) -> Case:
-    """Forward and backward alone, features and weight in the product's dtype, as peers take them."""
+    """Forward and backward alone, x and w in the product's dtype, as peers take them."""
 
     def build() -> dict[str, Call]:
         x, w, y = _inputs(device, n, dim, classes)

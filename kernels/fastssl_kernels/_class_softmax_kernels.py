@@ -28,7 +28,8 @@ def tile(x: Tensor, extra: bool) -> dict[str, int]:
     extra: a bias or saved exponentials, which need registers.
     """
     if x.dtype == torch.float32:
-        sides = {"BLOCK_N": 32 if extra else 64, "BLOCK_K": 64, "BLOCK_D": 32}
+        side = 32 if extra else 64
+        sides = {"BLOCK_N": side, "BLOCK_K": side, "BLOCK_D": 32}
         return {**sides, "num_warps": 4, "num_stages": 3}
     if extra:
         rows, classes = 64, 128
