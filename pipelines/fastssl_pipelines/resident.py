@@ -88,6 +88,7 @@ class ResidentPipeline:
         """A side stream renders the next batch while the current stream uses this one."""
         side = torch.cuda.Stream(self.images.flat.device)
         side.wait_stream(torch.cuda.current_stream(side.device))  # `order` comes from there
+        order.record_stream(side)
         pending: deque[tuple[Batch, torch.cuda.Event]] = deque()
         for index in order:
             with torch.cuda.stream(side):

@@ -4,6 +4,8 @@ Shapes: N batch, C channels, S pixels per side, V views. Images are uint8 RGB of
 """
 
 from collections.abc import Sequence
+from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from itertools import groupby
 from types import ModuleType
@@ -80,14 +82,12 @@ def _look(view: View) -> tuple[object, ...]:
 
 def _back_end(tensor: Tensor) -> ModuleType:
     """Triton for tensors on a GPU; on the CPU numba, or plain torch where numba is missing."""
-    from fastssl_pipelines.augment import reference
+    return _load_back_end(tensor.device.type)
 
-    if tensor.is_cuda:
-        from fastssl_pipelines.augment import cuda
 
-        return cuda
-    if find_spec("numba") is None:
-        return reference
-    from fastssl_pipelines.augment import cpu
-
-    return cpu
+@cache
+def _load_back_end(device_type: str) -> ModuleType:
+    if device_type == "cuda":
+        return import_module("fastssl_pipelines.augment.cuda")
+    name = "cpu" if find_spec("numba") else "reference"
+    return import_module(f"fastssl_pipelines.augment.{name}")

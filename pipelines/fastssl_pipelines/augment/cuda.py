@@ -273,8 +273,9 @@ def _whole_kernel(
     y = tl.arange(0, B)
     r, g, b = _resample(image_ptr, stride, row, 0, 0, SIZE, CUBIC, B, W)
     mean = 0.0
-    if (_get(row, STEP0) >= 0) & (not AFFINE):
-        mean = _luma_sum(r, g, b, row, y, y, SIZE) / (SIZE * SIZE)
+    if not AFFINE:
+        if _get(row, STEP0) >= 0:
+            mean = _luma_sum(r, g, b, row, y, y, SIZE) / (SIZE * SIZE)
     r, g, b = _color(r, g, b, row, mean, color_ptr + slot * 12, AFFINE)
     sigma = _get(row, SIGMA)
     if sigma > 0:
@@ -301,13 +302,14 @@ def _tiled_kernel(
     image_ptr = flat_ptr + tl.load(place_ptr + 3 * n)
     stride = 3 * tl.load(place_ptr + 3 * n + 2).to(tl.int32)
     mean = 0.0
-    if (_get(row, STEP0) >= 0) & (not AFFINE):
-        for y0 in range(0, SIZE, B):
-            for x0 in range(0, SIZE, B):
-                r, g, b = _resample(image_ptr, stride, row, y0, x0, SIZE, CUBIC, B, W)
-                y, x = y0 + tl.arange(0, B), x0 + tl.arange(0, B)
-                mean += _luma_sum(r, g, b, row, y, x, SIZE)
-        mean /= SIZE * SIZE
+    if not AFFINE:
+        if _get(row, STEP0) >= 0:
+            for y0 in range(0, SIZE, B):
+                for x0 in range(0, SIZE, B):
+                    r, g, b = _resample(image_ptr, stride, row, y0, x0, SIZE, CUBIC, B, W)
+                    y, x = y0 + tl.arange(0, B), x0 + tl.arange(0, B)
+                    mean += _luma_sum(r, g, b, row, y, x, SIZE)
+            mean /= SIZE * SIZE
     for y0 in range(0, SIZE, B):
         for x0 in range(0, SIZE, B):
             r, g, b = _resample(image_ptr, stride, row, y0, x0, SIZE, CUBIC, B, W)
