@@ -35,8 +35,11 @@ def draw(
     """The parameters of view `view_number` of images `index` (N,) int64 of these sizes, on its
     device.
 
-    They depend on the arguments alone, and are the same bits on every device.
+    They depend on the arguments alone, and are the same bits on every device. seed, epoch: below
+    2^32.
     """
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed is {seed}: it must lie in [0, 2^32)")
     sizes = (torch.as_tensor(x, device=index.device).expand(len(index)) for x in (height, width))
     place = torch.stack([torch.zeros_like(index), *sizes], dim=1)
     return Params(_back_end(index).draw((view,), seed, epoch, index, place, view_number)[0])
