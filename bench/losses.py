@@ -1,4 +1,4 @@
-"""What the fused losses cost beside eager, torch.compile and named peers, most telling cases first."""
+"""What the fused losses cost beside eager, torch.compile and peers, most telling cases first."""
 
 from collections.abc import Iterator
 
@@ -6,7 +6,7 @@ from bench.measure import Case
 
 
 def cases(device: str) -> Iterator[Case]:
-    """Every case this device can run. A peer that is not installed is no variant, never an error."""
+    """Every case this device can run. A peer that is not installed is no variant, and no error."""
     from bench import covariance, softmax
 
     yield from covariance.cases(device)

@@ -3,9 +3,10 @@
     rows = measure({"eager": f, "fused": g}, device="cuda")
     rows["fused"].ms, rows["fused"].peak_mib
 
-On a GPU a time comes from CUDA events around one call (`ms`, the eager loop a trainer sees) and, where
-the call can be captured, around one replay of its CUDA graph (`graph_ms`, kernels alone). On a CPU it
-comes from `perf_counter`. Variants take turns inside one run, so a drift of the machine meets all of them.
+On a GPU a time comes from CUDA events around one call (`ms`, the eager loop a trainer sees) and,
+where the call can be captured, around one replay of its CUDA graph (`graph_ms`, kernels alone). On
+a CPU it comes from `perf_counter`. Variants take turns inside one run, so a drift of the machine
+meets all of them.
 """
 
 import os
@@ -25,7 +26,7 @@ Call = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Timing:
-    """One variant's result; times in ms, memory in MiB beyond what was allocated before the call."""
+    """One variant's result; times in ms, memory in MiB beyond what was allocated before."""
 
     ms: float
     ms_iqr: tuple[float, float]
@@ -37,14 +38,16 @@ class Timing:
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to measure. `build()` makes the inputs and returns the variants, the reference first;
-    `check(variants)` raises where they disagree, and runs before anything is timed."""
+    """One thing to measure. `build()` makes the inputs and returns the variants, the reference
+    first; `check(variants)` raises where they disagree, and runs before anything is timed."""
 
     name: str
     parameters: Mapping[str, Any]
     build: Callable[[], dict[str, Call]]
     check: Callable[[dict[str, Call]], None]
-    work: Mapping[str, float] = field(default_factory=dict)  # unit -> amount in one call ("views": 2048)
+    work: Mapping[str, float] = field(
+        default_factory=dict
+    )  # unit -> amount in one call ("views": 2048)
     floor_ms: float | None = None  # the roofline's, where one is known for this device
 
 
@@ -59,7 +62,8 @@ def quartiles(samples: list[float]) -> tuple[float, float, float]:
 def measure(
     variants: Mapping[str, Call], device: str, *, seconds: float = 10.0, min_runs: int = 20
 ) -> dict[str, Timing]:
-    """Time every variant in turns for about `seconds`, but at least `min_runs` each; then weigh each once.
+    """Time every variant in turns for about `seconds`, but at least `min_runs` each; then weigh
+    each once.
 
     Slow variants get at least 3 runs: `min_runs` yields when one round alone takes seconds / 3.
     """
@@ -144,7 +148,7 @@ def _cuda_peak_mib(call: Call) -> float:
 
 
 def _cpu_peak_mib(call: Call) -> float:
-    """Peak of live torch allocations made during the call, from the profiler's allocation events."""
+    """Peak of live torch allocations made in the call, from the profiler's allocation events."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         call()
@@ -188,7 +192,9 @@ def _version(package: str) -> str | None:
 def _cpu_name() -> str:
     try:
         with open("/proc/cpuinfo") as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+            return next(
+                line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+            )
     except (OSError, StopIteration):
         return platform.processor()
 
@@ -196,6 +202,8 @@ def _cpu_name() -> str:
 def _power_limit_w() -> float | None:
     query = ["nvidia-smi", "--query-gpu=power.limit", "--format=csv,noheader,nounits"]
     try:
-        return float(subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")[0])
+        return float(
+            subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")[0]
+        )
     except (OSError, subprocess.CalledProcessError, ValueError):
         return None

@@ -1,4 +1,5 @@
-"""Settings for every test: the interpreter where there is no GPU, poisoned memory, where the data lies."""
+"""Settings for every test: the interpreter where there is no GPU, poisoned memory, where the data
+lies."""
 
 import os
 from pathlib import Path
@@ -6,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-if not torch.cuda.is_available():  # before any kernel is imported: triton.jit reads it when it decorates
+if (
+    not torch.cuda.is_available()
+):  # before any kernel is imported: triton.jit reads it when it decorates
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
@@ -17,7 +20,8 @@ def device() -> str:
 
 @pytest.fixture(scope="session")
 def data() -> Path:
-    """Real data (FASTSSL_DATA). Under CI a missing folder is an error; elsewhere its tests are skipped."""
+    """Real data (FASTSSL_DATA). Under CI a missing folder is an error; elsewhere its tests are
+    skipped."""
     root = Path(__file__).parents[1]
     folder = Path(os.environ.get("FASTSSL_DATA", root.parent / "shared" / "data"))
     if not folder.is_dir():
@@ -29,7 +33,8 @@ def data() -> Path:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without a GPU the `gpu` tests are deselected: they are for another machine, not left out here."""
+    """Without a GPU the `gpu` tests are deselected: they are for another machine, not left out
+    here."""
     if torch.cuda.is_available():
         return
     wanted = [item for item in items if not item.get_closest_marker("gpu")]

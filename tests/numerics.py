@@ -1,4 +1,5 @@
-"""The one error budget: a fused op may be at most twice as wrong as eager PyTorch in the same dtype."""
+"""The one error budget: a fused op may be at most twice as wrong as eager PyTorch in the same
+dtype."""
 
 from collections.abc import Callable
 

@@ -1,0 +1,136 @@
+"""Results into Markdown tables and a plot: python -m bench.report FOLDER... [--plot PNG]."""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def read_results(path: Path) -> tuple[Row, list[Row]]:
+    """(environment, rows) of one results file; a cut-off last line is left out."""
+    lines = path.read_text().splitlines()
+    parsed = [json.loads(line) for line in lines if line.endswith("}")]
+    return parsed[0]["environment"], parsed[1:]
+
+
+def environment_line(stamp: Row) -> str:
+    """Device, power limit and versions, as one line under a table."""
+    device = stamp.get("gpu") or f"{stamp['cpu']}, {stamp['threads']} threads"
+    if watts := stamp.get("gpu_power_limit_w"):
+        device += f", {watts:.0f} W"
+    versions = ", ".join(
+        f"{name} {stamp[name]}" for name in ("torch", "triton", "python") if stamp.get(name)
+    )
+    return f"{device}; {versions}"
+
+
+def timing_table(rows: list[Row]) -> str:
+    """Time, spread, ratio and memory by case and variant; on a CPU only ratios mean much."""
+    graphs = any(row.get("graph_ms") for row in rows)
+    head = [
+        "case",
+        "variant",
+        "ms (IQR)",
+        "CUDA graph ms",
+        "of floor",
+        "times reference",
+        "peak MiB",
+    ]
+    lines = []
+    for row in rows:
+        if "failed" in row:
+            lines.append([row["case"], "failed", row["failed"], "", "", "", ""])
+            continue
+        low, high = row["ms_iqr"]
+        best = row.get("graph_ms") or row["ms"]
+        floor = f"{100 * row['floor_ms'] / best:.0f} %" if row.get("floor_ms") else ""
+        graph = f"{row['graph_ms']:.4g}" if row.get("graph_ms") else ""
+        times = f"{row['ms']:.4g} ({low:.4g} to {high:.4g}, n {row['n']})"
+        ratio, peak = f"{row['times_reference']:.2f}", f"{row['peak_mib']:.1f}"
+        lines.append([row["case"], row["variant"], times, graph, floor, ratio, peak])
+    keep = [k for k, name in enumerate(head) if graphs or name not in ("CUDA graph ms", "of floor")]
+    return markdown([head[k] for k in keep], [[line[k] for k in keep] for line in lines])
+
+
+PROBES = ("linear_all", "knn_all", "linear_10", "knn_10", "linear_1", "knn_1")
+
+
+def accuracy_table(rows: list[Row]) -> str:
+    """One line per recipe and kind of feature: mean and deviation over seeds.
+
+    `linear_10` is the linear probe with 10 labels per class.
+    """
+    head = ["recipe", "n", "training s", "features", *(probe.replace("_", " ") for probe in PROBES)]
+    lines = [[row["case"], "failed", row["failed"]] for row in rows if "failed" in row]
+    runs = [row for row in rows if "failed" not in row]
+    for case in dict.fromkeys(row["case"] for row in runs):
+        seeds = [row for row in runs if row["case"] == case]
+        for feature in ("raw pixels", "untrained", "pretrained"):
+            cells = [_mean_and_deviation([s[f"{feature}_{p}"] for s in seeds], 3) for p in PROBES]
+            seconds = _mean_and_deviation([s["train_s"] for s in seeds], 1)
+            lines.append([case, str(len(seeds)), seconds, feature, *cells])
+    return markdown(head, lines)
+
+
+def _mean_and_deviation(values: list[float], digits: int) -> str:
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def markdown(head: list[str], lines: list[list[str]]) -> str:
+    """A Markdown table."""
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def plot_ratios(rows: list[Row], path: Path) -> None:
+    """Bars: how many times faster than its case's reference each variant is."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    timed = [row for row in rows if "ms" in row and row["times_reference"] != 1.0]
+    figure, axes = pyplot.subplots(figsize=(9, 0.9 + 0.28 * len(timed)))
+    names = [f"{row['case']}: {row['variant']}" for row in timed]
+    bars = axes.barh(names, [row["times_reference"] for row in timed], color="tab:blue")
+    axes.bar_label(bars, fmt="%.2g", padding=3, fontsize=8)
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set(xscale="log", xlabel="times faster than the reference")
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", labelsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.report", description=__doc__, allow_abbrev=False
+    )
+    parser.add_argument("results", type=Path, nargs="+")
+    parser.add_argument("--plot", type=Path, help="also draw the timing rows as bars into this PNG")
+    options = parser.parse_args()
+    files = [
+        f
+        for path in options.results
+        for f in (sorted(path.glob("*.jsonl")) if path.is_dir() else [path])
+    ]
+    timed: list[Row] = []
+    for file in files:
+        stamp, rows = read_results(file)
+        accuracy = file.stem.startswith("accuracy")
+        timed += [] if accuracy else rows
+        print(f"## {file.stem}\n\n{accuracy_table(rows) if accuracy else timing_table(rows)}\n")
+        print(f"{environment_line(stamp)}\n")
+    if options.plot:
+        plot_ratios(timed, options.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""What a run tells: one JSON line per report for programs, a progress bar or plain lines for
+people."""
+
+import json
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class Log:
+    """Writes metrics.jsonl and shows progress; a context manager around the training loop.
+
+    On a terminal it draws a bar with views/s, loss and the time left; elsewhere it prints about ten
+    lines.
+    """
+
+    def __init__(self, path: Path, total: int, start: int = 0, console: Console | None = None):
+        self._keep_until(path, start)
+        self._file: TextIO = open(path, "a", buffering=1)
+        self._console = console or Console()
+        self._total = total
+        self._lines_at = {round(total * tenth / 10) for tenth in range(1, 11)}
+        self._begin = time.perf_counter()
+        self._start = start
+        columns = (
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("loss {task.fields[loss]}  {task.fields[rate]} views/s  left"),
+            TimeRemainingColumn(),
+        )
+        self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
+        self._task = self._bar.add_task(
+            "train", total=total, completed=start, loss="...", rate="..."
+        )
+
+    @staticmethod
+    def _keep_until(path: Path, step: int) -> None:
+        """Drop the reports after `step`: a resumed run writes them again."""
+        if path.is_file():
+            lines = path.read_text().splitlines()
+            kept = [
+                line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step
+            ]
+            path.write_text("".join(line + "\n" for line in kept))
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+        self._file.close()
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None:
+        """Report the metrics after `step` steps."""
+        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        rate = f"{metrics['views_per_s']:,.0f}"
+        self._bar.update(self._task, completed=step, loss=f"{metrics['loss']:.4f}", rate=rate)
+        due = {at for at in self._lines_at if at <= step}
+        if due and not self._console.is_terminal:
+            self._lines_at -= due
+            left = (
+                (time.perf_counter() - self._begin)
+                / max(1, step - self._start)
+                * (self._total - step)
+            )
+            line = f"step {step}/{self._total}  loss {metrics['loss']:.4f}  {rate} views/s"
+            line += f"  {left:.0f} s left"
+            self._console.print(line, highlight=False)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The reports of a metrics.jsonl."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def draw_curves(metrics: list[dict[str, Any]], title: str, path: Path) -> None:
+    """Loss and learning rate over the steps, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (top, bottom) = pyplot.subplots(2, 1, sharex=True, figsize=(7, 5), height_ratios=(3, 1))
+    steps = [m["step"] for m in metrics]
+    top.plot(steps, [m["loss"] for m in metrics], color="tab:blue")
+    top.set(ylabel="loss", title=title)
+    bottom.plot(steps, [m["lr"] for m in metrics], color="tab:orange")
+    bottom.set(ylabel="learning rate", xlabel="step", ylim=(0, None))
+    for axes in (top, bottom):
+        axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

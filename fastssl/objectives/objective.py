@@ -1,0 +1,25 @@
+"""What an objective is: a head and a loss over the features of each view. It never sees labels.
+
+Shapes: N batch, F features, D embedding.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+
+class Objective(nn.Module):
+    """`forward(features, index)`: V tensors (N, F) and the images' indices (N,) -> scalars, "loss"
+    among them."""
+
+    def forward(self, features: Sequence[Tensor], index: Tensor) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+
+def projector(features: int, width: int, layers: int) -> nn.Sequential:
+    """(N, F) -> (N, D): `layers` linear layers of `width`, batch norm and ReLU between them."""
+    modules: list[nn.Module] = []
+    for _ in range(layers - 1):
+        modules += [nn.Linear(features, width, bias=False), nn.BatchNorm1d(width), nn.ReLU()]
+        features = width
+    return nn.Sequential(*modules, nn.Linear(features, width, bias=False))

@@ -1,0 +1,175 @@
+"""The commands as a user types them: help, results, one line with exit code 2 for each mistake."""
+
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from fastssl.cli import run
+from fastssl.config import Config
+
+QUICK = ["--epochs", "1", "--warmup-epochs", "0", "--backbone", "fastnet-8", "--label-draws", "1"]
+
+
+def one_line(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
+    """The message of a command line that must fail with exit code 2 and exactly one line."""
+    assert run(arguments) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("fastssl: ") and err.count("\n") == 1, err
+    assert not out
+    return err
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--help"]) == 0
+    assert "fastssl train RECIPE" in capsys.readouterr().out
+    assert run([]) == 2
+    with pytest.raises(SystemExit) as stop:
+        run(["train", "digits-diet", "--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    for field in Config.__dataclass_fields__:
+        assert f"--{field.replace('_', '-')}" in out
+    assert "default: digits)" in out.replace("'", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "unknown command 'trian'; there are train, eval, views, recipes"),
+        (["train"], "needs a recipe first; there are digits-diet"),
+        (["train", "digits-dite"], "unknown recipe 'digits-dite'; there are digits-diet"),
+        (["train", "digits-diet", "--epoch", "3"], "unknown knob --epoch; did you mean --epochs?"),
+        (
+            ["train", "digits-diet", "--zzz", "3"],
+            "unknown knob --zzz; `fastssl train digits-diet --help`",
+        ),
+        (["train", "digits-diet", "--epochs", "three"], "Error parsing --epochs: invalid literal"),
+        (["train", "digits-diet", "--method", "simsiam"], "invalid choice 'simsiam'"),
+        (["train", "digits-diet", "--epochs"], "Missing value for argument '--epochs'"),
+        (["train", "digits-diet", "--batch-size", "0"], "--batch-size is 0: it must be at least 1"),
+        (
+            ["train", "digits-diet", "--batch-size", "5000"],
+            "larger than the data set of 1438 images",
+        ),
+        (["train", "barlow"], "pass --data with a folder of images"),
+        (["train", "barlow", "--data", "/nowhere"], "--data /nowhere does not exist"),
+        (
+            ["train", "barlow", "--backbone", "resnet8000", "--data", "digits"],
+            "unknown backbone 'resnet8000'",
+        ),
+        (["eval"], "takes one run folder"),
+        (["eval", "/nowhere"], "/nowhere is not a run folder"),
+    ],
+)
+def test_mistakes(
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert message in one_line(capsys, arguments)
+    assert not list(tmp_path.iterdir()), "a failed command wrote something"
+
+
+def test_an_empty_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert "holds no images" in one_line(capsys, ["train", "barlow", "--data", str(tmp_path)])
+
+
+def test_a_corrupt_image(capsys: pytest.CaptureFixture[str], data: Path, tmp_path: Path) -> None:
+    for name in ("Landscape_1.jpg", "hopper_gray.jpg", "pil_sample_cmyk.jpg"):
+        (tmp_path / name).write_bytes((data / "jpeg-odd" / name).read_bytes())
+    (tmp_path / "a.jpg").write_bytes((data / "jpeg-odd" / "truncated_jpeg.jpg").read_bytes())
+    message = one_line(
+        capsys, ["train", "barlow", "--data", str(tmp_path), "--run", str(tmp_path / "run")]
+    )
+    assert "a.jpg cannot be read as an image" in message and "repair or remove it" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_evaluated_again_and_never_overwritten(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    command = ["train", "digits-diet", "--run", str(folder), *QUICK]
+    assert run(command) == 0
+    table = capsys.readouterr().out.split("accuracy on held-out images")[1].split("trained in")[0]
+    assert "raw pixels" in table and "pretrained" in table and table.count("knn") == 4
+    assert run(["eval", str(folder)]) == 0
+    assert capsys.readouterr().out.split("accuracy on held-out images")[1] == table
+    before = (folder / "summary.json").read_bytes()
+    assert "holds this run, finished" in one_line(capsys, command)
+    assert "holds another run (--seed 0 there, 3 here)" in one_line(
+        capsys, [*command, "--seed", "3"]
+    )
+    assert (folder / "summary.json").read_bytes() == before
+
+
+def test_default_run_folders_do_not_collide(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert run(["train", "digits-diet", *QUICK]) == 0
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == [
+        "digits-diet",
+        "digits-diet-2",
+    ]
+
+
+def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["recipes"]) == 0
+    out = capsys.readouterr().out
+    for name in (
+        "digits-diet",
+        "digits-barlow",
+        "cifar10-diet",
+        "cifar10-barlow",
+        "cifar10-vicreg",
+    ):
+        assert name in out
+
+
+def test_a_folder_of_jpegs_as_a_process(data: Path, tmp_path: Path) -> None:
+    """A user's own images, the installed entry point, a process of its own: Imagenette's JPEGs."""
+    with tarfile.open(data / "imagenette-224-1000.tar") as tar:
+        some = [m for m in tar.getmembers() if m.isfile()][::10]
+        tar.extractall(tmp_path / "images", members=some, filter="data")
+    code = "from fastssl.cli import main; main()"
+    flags = ["--data", str(tmp_path / "images"), "--run", str(tmp_path / "run"), *QUICK]
+    small = [
+        "--image-size",
+        "32",
+        "--load-size",
+        "40",
+        "--batch-size",
+        "16",
+        "--projector-width",
+        "64",
+    ]
+    env = {**os.environ, "PYTHONPATH": ":".join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code, "train", "barlow", *flags, *small],
+        capture_output=True,
+        text=True,
+        env=env,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "75 images, 4 batches of 16 x 2 views" in done.stdout and "pretrained" in done.stdout
+    assert (tmp_path / "run/curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_views_are_drawn(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "sheet.png"
+    assert run(["views", "digits-diet", "--views", "3", "--out", str(out)]) == 0
+    assert "4 images and their views" in " ".join(capsys.readouterr().out.split())
+    with Image.open(out) as picture:
+        assert picture.size[0] > 500
+    assert "needs a recipe first" in one_line(capsys, ["views"])
+    assert "--out needs" in one_line(capsys, ["views", "digits-diet", "--out"])

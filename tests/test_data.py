@@ -1,0 +1,196 @@
+"""Reading data: every accepted form gives its images, labels stay apart, mistakes are named."""
+
+import pickle
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastssl.data import load_images, load_labels, require_memory
+
+ARGS = {"size": 16, "holdout": 0.2}
+
+
+def write_images(folder: Path, count: int, seed: int = 0) -> None:
+    folder.mkdir(parents=True)
+    for k in range(count):
+        pixels = np.random.default_rng(seed + k).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{k}.png")
+
+
+def test_digits() -> None:
+    train, test = (load_images("digits", part, **ARGS) for part in ("train", "test"))
+    assert (
+        train.shape == (1438, 8, 8, 3) and test.shape == (359, 8, 8, 3) and train.dtype == np.uint8
+    )
+    assert train.max() == 255 and (train[..., 0] == train[..., 2]).all()
+    labels = load_labels("digits", "train", holdout=0.2)
+    assert labels is not None and labels.shape == (1438,) and set(labels) == set(range(10))
+    pairs = {part.tobytes() for part in train} & {part.tobytes() for part in test}
+    assert not pairs, "a held-out digit is among the training images"
+
+
+def test_cifar10_npz_is_the_real_thing(data: Path, tmp_path: Path) -> None:
+    labels = np.load(data / "cifar10" / "cifar10-labels.npz")
+    mosaic = np.asarray(Image.open(data / "cifar10" / "cifar10-test.webp").convert("RGB"))
+    images = mosaic.reshape(100, 32, 100, 32, 3).swapaxes(1, 2).reshape(10_000, 32, 32, 3)
+    path = tmp_path / "cifar10.npz"
+    np.savez(
+        path,
+        x_train=images[:100],
+        y_train=labels["y_test"][:100],
+        x_test=images[100:],
+        y_test=labels["y_test"][100:],
+    )
+    np.testing.assert_array_equal(load_images(str(path), "test", **ARGS), images[100:])
+    np.testing.assert_array_equal(
+        load_labels(str(path), "train", holdout=0.2), labels["y_test"][:100]
+    )
+
+
+def test_official_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The python batches, through torchvision; its checksums are those of the real files, so they
+    are lifted here."""
+    from torchvision.datasets import CIFAR10
+
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    names = [f"data_batch_{k}" for k in range(1, 6)] + ["test_batch"]
+    pixels = {name: rng.integers(0, 256, (4, 3072), dtype=np.uint8) for name in names}
+    for k, name in enumerate(names):
+        (folder / name).write_bytes(pickle.dumps({"data": pixels[name], "labels": [k] * 4}))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+    with pytest.raises(ValueError, match="is not the official CIFAR-10"):
+        load_images(str(folder), "train", **ARGS)
+    monkeypatch.setattr(CIFAR10, "train_list", [[name, None] for name in names[:5]])
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", None]])
+    monkeypatch.setattr(
+        CIFAR10, "meta", {"filename": "batches.meta", "key": "label_names", "md5": None}
+    )
+    for where in (folder, tmp_path):
+        images = load_images(str(where), "train", **ARGS)
+        assert images.shape == (20, 32, 32, 3)
+        np.testing.assert_array_equal(
+            images[4], pixels["data_batch_2"][0].reshape(3, 32, 32).transpose(1, 2, 0)
+        )
+        np.testing.assert_array_equal(load_labels(str(where), "test", holdout=0.2), [5] * 4)
+
+
+def test_a_failed_download_says_what_to_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torchvision.datasets import CIFAR10
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar.tar.gz")
+    with pytest.raises(ValueError, match=r"could not be downloaded.*pass --data with an \.npz"):
+        load_images("cifar10", "train", **ARGS)
+
+
+def test_imagenette_folder(data: Path, tmp_path: Path) -> None:
+    with tarfile.open(data / "imagenette-224-1000.tar") as tar:
+        members = [m for m in tar.getmembers() if m.isfile()]
+        some = [m for m in members if m.name.startswith("train/")][::25] + [
+            m for m in members if m.name.startswith("val/")
+        ][::25]
+        tar.extractall(tmp_path, members=some, filter="data")
+    train, test = (load_images(str(tmp_path), part, **ARGS) for part in ("train", "test"))
+    assert train.shape == (30, 16, 16, 3) and test.shape == (10, 16, 16, 3)
+    labels = [load_labels(str(tmp_path), part, holdout=0.2) for part in ("train", "test")]
+    assert labels[0] is not None and labels[0].tolist() == sorted(list(range(10)) * 3)
+    assert labels[1] is not None and labels[1].tolist() == list(range(10))
+
+
+def test_class_folders_are_split_alike_for_images_and_labels(tmp_path: Path) -> None:
+    for number, name in enumerate(("ant", "bee")):
+        folder = tmp_path / name
+        folder.mkdir()
+        for k in range(10):
+            Image.new("RGB", (16, 16), (100 * number + k, 0, 0)).save(folder / f"{k}.png")
+    for part, count in (("train", 16), ("test", 4)):
+        images = load_images(str(tmp_path), part, **ARGS)
+        labels = load_labels(str(tmp_path), part, holdout=0.2)
+        assert len(images) == count
+        np.testing.assert_array_equal(images[:, 0, 0, 0] // 100, labels)
+
+
+def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
+    write_images(tmp_path / "flat", 10)
+    assert load_images(str(tmp_path / "flat"), "train", **ARGS).shape == (8, 16, 16, 3)
+    assert load_labels(str(tmp_path / "flat"), "train", holdout=0.2) is None
+
+
+def test_decoding_keeps_the_centre(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    for k in range(5):
+        wide = np.zeros((16, 48, 3), dtype=np.uint8)
+        wide[:, 16:32] = 200
+        Image.fromarray(wide).save(tmp_path / "x" / f"{k}.png")
+    assert (load_images(str(tmp_path), "train", **ARGS) == 200).all()
+
+
+def test_images_never_read_labels(tmp_path: Path) -> None:
+    """An .npz whose labels cannot be read at all still gives its images."""
+    path = tmp_path / "poisoned.npz"
+    poison = np.array([object()], dtype=object)  # np.load refuses to unpickle it
+    np.savez(path, x_train=np.zeros((10, 8, 8, 3), np.uint8), y_train=poison)
+    assert len(load_images(str(path), "train", **ARGS)) == 8
+    with pytest.raises(ValueError, match="pickle"):
+        load_labels(str(path), "train", holdout=0.2)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"y_train": np.zeros(3)}, "has no array x_train"),
+        ({"x_train": np.zeros((4, 8))}, r"wanted \(M, S, S, 3\)"),
+        ({"x_train": np.zeros((4, 8, 8, 3), np.int32)}, "wanted uint8"),
+        ({"x_train": np.full((4, 8, 8, 3), 7.0)}, r"scale them to \[0, 1\]"),
+        ({"x_train": np.full((4, 8, 8, 3), np.nan)}, "NaN or Inf in 4 images, the first at 0"),
+    ],
+)
+def test_bad_arrays(arrays: dict[str, np.ndarray], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.npz"
+    np.savez(path, **arrays)
+    with pytest.raises(ValueError, match=message):
+        load_images(str(path), "train", **ARGS)
+
+
+def test_floats_become_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "floats.npz"
+    x = np.linspace(0, 1, 5 * 2 * 2 * 3).reshape(5, 2, 2, 3)
+    np.savez(path, x_train=x, x_test=x)
+    np.testing.assert_array_equal(
+        load_images(str(path), "train", **ARGS), np.round(x * 255).astype(np.uint8)
+    )
+
+
+def test_missing_empty_and_corrupt(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="does not exist; pass a folder"):
+        load_images(str(tmp_path / "nowhere"), "train", **ARGS)
+    with pytest.raises(ValueError, match="holds no images"):
+        load_images(str(tmp_path), "train", **ARGS)
+    with pytest.raises(ValueError, match="pass --data"):
+        load_images("", "train", **ARGS)
+    write_images(tmp_path / "some", 9)
+    (tmp_path / "some" / "broken.jpg").write_bytes(b"\xff\xd8\xff not a picture")
+    with pytest.raises(ValueError, match=r"broken\.jpg cannot be read as an image"):
+        for part in ("train", "test"):
+            load_images(str(tmp_path / "some"), part, **ARGS)
+
+
+def test_test_classes_must_be_known(tmp_path: Path) -> None:
+    write_images(tmp_path / "train" / "ant", 2)
+    write_images(tmp_path / "test" / "wasp", 2)
+    with pytest.raises(ValueError, match="classes the training part lacks: wasp"):
+        load_labels(str(tmp_path), "test", holdout=0.2)
+
+
+def test_too_large_for_memory() -> None:
+    with pytest.raises(ValueError, match=r"the views needs .* GiB are free; lower --image-size"):
+        require_memory(2**60, "the views", "lower --image-size", torch.device("cpu"))
+    require_memory(1, "a byte", "nothing")

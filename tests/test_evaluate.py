@@ -1,0 +1,131 @@
+"""kNN and linear probe against scikit-learn, on real digits; features against the network."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from torch import Tensor, nn
+
+from fastssl.evaluate import (
+    draw_labels,
+    evaluate_features,
+    extract_features,
+    knn_accuracy,
+    linear_probe,
+    linear_probe_accuracy,
+    raw_pixels,
+)
+
+Split = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+@pytest.fixture(scope="module")
+def digits() -> Split:
+    x, y = load_digits(return_X_y=True)
+    features, labels = torch.from_numpy(x).float() / 16, torch.from_numpy(y)
+    return features[:1200], labels[:1200], features[1200:], labels[1200:]
+
+
+@pytest.mark.parametrize(("count", "k"), [(1200, 20), (1200, 1), (37, 20), (10, 20)])
+def test_knn_is_scikit_learns(digits: Split, count: int, k: int) -> None:
+    train, train_labels, test, test_labels = digits
+    train, train_labels = train[:count], train_labels[:count]
+    oracle = KNeighborsClassifier(
+        min(k, count), metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.07)
+    )
+    expected = oracle.fit(train.numpy(), train_labels.numpy()).score(
+        test.numpy(), test_labels.numpy()
+    )
+    got = knn_accuracy(train, train_labels, test, test_labels, k=k)
+    assert got == pytest.approx(expected, abs=1.01 / len(test))  # one near-tie may fall either way
+
+
+def test_knn_weighs_by_similarity() -> None:
+    train = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.05, 1.0]])
+    labels = torch.tensor([0, 1, 1])
+    near_first = torch.tensor([[1.0, 0.1]])
+    assert knn_accuracy(train, labels, near_first, torch.tensor([0]), k=3) == 1.0
+    assert knn_accuracy(train, labels, near_first, torch.tensor([0]), k=3, temperature=1e6) == 0.0
+
+
+def test_linear_probe_is_scikit_learns(digits: Split) -> None:
+    train, train_labels, test, test_labels = digits
+    weight, bias = linear_probe(train.double(), train_labels, c=1.0)
+    oracle = LogisticRegression(C=1.0, tol=1e-8, max_iter=5000).fit(
+        train.double().numpy(), train_labels.numpy()
+    )
+    np.testing.assert_allclose(weight.numpy(), oracle.coef_, atol=2e-3)
+    got = ((test.double() @ weight.T + bias).argmax(1) == test_labels).double().mean()
+    assert float(got) == oracle.score(test.double().numpy(), test_labels.numpy())
+
+
+def test_draws_are_balanced_repeatable_and_different() -> None:
+    labels = torch.tensor([0] * 50 + [1] * 50 + [2] * 3)
+    chosen = draw_labels(labels, 5, draw=0)
+    assert labels[chosen].bincount().tolist() == [5, 5, 3]
+    assert torch.equal(chosen, draw_labels(labels, 5, draw=0))
+    assert not torch.equal(chosen, draw_labels(labels, 5, draw=1))
+
+
+def test_table_of_digits(digits: Split) -> None:
+    table = evaluate_features(*digits, draws=3)
+    assert list(table) == [f"{p}_{n}" for n in ("all", 10, 5, 1) for p in ("linear", "knn")]
+    assert table["linear_all"].std == 0.0 and table["linear_1"].std > 0
+    assert table["knn_all"].mean > table["knn_10"].mean > table["knn_1"].mean > 0.4
+    chosen = draw_labels(digits[1], 10, 0)
+    assert table["knn_10"].mean == pytest.approx(
+        np.mean(
+            [
+                knn_accuracy(digits[0][i], digits[1][i], *digits[2:])
+                for i in (draw_labels(digits[1], 10, d) for d in range(3))
+            ]
+        )
+    )
+    assert len(chosen) == 100
+
+
+def test_a_constant_feature_changes_nothing(digits: Split) -> None:
+    train, train_labels, test, test_labels = digits
+    wider = [torch.cat([x, torch.full((len(x), 1), 7.0)], 1) for x in (train, test)]
+    plain = evaluate_features(*digits, draws=1)
+    padded = evaluate_features(wider[0], train_labels, wider[1], test_labels, draws=1)
+    assert padded["linear_10"] == plain["linear_10"]
+
+
+def test_features_are_the_networks_in_evaluation_mode() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (7, 8, 8, 3), dtype=np.uint8)
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+    net(torch.randn(64, 3, 8, 8))  # running statistics that are not the defaults
+    options = {
+        "image_size": 8,
+        "mean": (0.5, 0.4, 0.3),
+        "std": (0.2, 0.3, 0.4),
+        "device": torch.device("cpu"),
+    }
+    got = extract_features(net, images, batch_size=3, **options)
+    assert net.training
+    x = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
+    x = (x - torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)) / torch.tensor([0.2, 0.3, 0.4]).view(
+        3, 1, 1
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(got, net.eval()(x))
+
+
+def test_raw_pixels_are_the_image_or_a_small_copy() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
+    torch.testing.assert_close(
+        raw_pixels(images), torch.from_numpy(images).permute(0, 3, 1, 2).flatten(1) / 255
+    )
+    large = np.full((2, 64, 64, 3), 51, dtype=np.uint8)
+    torch.testing.assert_close(raw_pixels(large), torch.full((2, 3 * 32 * 32), 0.2))
+
+
+def test_probe_accuracy_of_separable_classes_is_one() -> None:
+    x = torch.eye(3).repeat(5, 1)
+    y = torch.arange(3).repeat(5)
+    assert linear_probe_accuracy(x, y, x, y) == 1.0

@@ -1,0 +1,117 @@
+"""Which way the arrows point, and that importing does nothing: the rules of the layout, read from
+the sources."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+STANDARD = set(sys.stdlib_module_names) | {"__future__"}
+ALLOWED = {
+    "kernels/fastssl_kernels": {"fastssl_kernels", "torch", "triton"},
+    "pipelines/fastssl_pipelines": {
+        "fastssl_pipelines",
+        "torch",
+        "triton",
+        "numpy",
+        "numba",
+        "PIL",
+        "nvidia",
+        "ffcv",
+    },
+    "fastssl": {
+        *(
+            "fastssl",
+            "fastssl_kernels",
+            "fastssl_pipelines",
+            "torch",
+            "numpy",
+            "timm",
+            "torchvision",
+        ),
+        *("safetensors", "sklearn", "tyro", "rich", "matplotlib", "PIL"),
+    },
+}
+OWN_FILE = {
+    "nvidia": {"dali.py"},
+    "ffcv": {"ffcv.py", "convert.py"},
+    "numba": {"cpu.py"},
+}  # outside the bench's path
+SOURCES = [(folder, path) for folder in ALLOWED for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def imported(path: Path, *, top_level_only: bool = False) -> set[str]:
+    """First names of the absolute imports of a source file."""
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_level_only else list(ast.walk(tree))
+    names: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize(
+    ("folder", "path"), SOURCES, ids=lambda value: getattr(value, "name", None)
+)
+def test_arrows(folder: str, path: Path) -> None:
+    strangers = imported(path) - STANDARD - ALLOWED[folder]
+    assert not strangers, f"{path.relative_to(ROOT)} imports {strangers}"
+    for library, files in OWN_FILE.items():
+        assert library not in imported(path) or path.name in files, (
+            f"{library} belongs in {files} alone"
+        )
+
+
+def test_the_rule_sees_a_stranger(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.py"
+    bad.write_text("def f():\n    import fastssl.train\n    from lightly import loss\n")
+    assert imported(bad) - ALLOWED["kernels/fastssl_kernels"] == {"fastssl", "lightly"}
+
+
+def run_python(code: str) -> str:
+    path = ":".join(str(ROOT / part) for part in (".", "kernels", "pipelines"))
+    command = [sys.executable, "-c", code]
+    env = {"PYTHONPATH": path, "PATH": "/usr/bin:/bin", "HOME": "/tmp"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd="/")
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    return done.stdout
+
+
+def test_kernels_import_with_torch_and_triton_alone() -> None:
+    code = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"fastssl", "fastssl_pipelines", "timm", "lightly", "sklearn"}:
+            raise ImportError(name)
+sys.meta_path.insert(0, Refuse())
+import fastssl_kernels, torch
+print(torch.cuda.is_initialized(), fastssl_kernels.barlow_twins_loss.__name__)
+"""
+    assert run_python(code).split() == ["False", "barlow_twins_loss"]
+
+
+def test_bench_and_pipelines_import_without_tyro_and_numba() -> None:
+    code = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"tyro", "numba", "nvidia", "ffcv", "lightly", "sklearn"}:
+            raise ImportError(name)
+sys.meta_path.insert(0, Refuse())
+import bench.__main__, bench.losses, bench.pipelines, bench.accuracy, fastssl_pipelines
+print([name for name in ("matplotlib.pyplot", "rich") if name in sys.modules])
+"""
+    run_python(code)
+
+
+def test_nothing_happens_at_import() -> None:
+    code = "import torch, fastssl.pretrain, fastssl.recipes; print(torch.cuda.is_initialized())"
+    assert run_python(code).split() == ["False"]
