@@ -1,18 +1,22 @@
-"""The whole data set as uint8 in memory, on the GPU or on the CPU: permute, draw, render.
+"""The whole data set as uint8 in memory, on the GPU or on the CPU: permute, draw, render, one batch
+ahead.
 
 Shapes: N batch, M data set, C channels, S pixels per side, V views.
 """
 
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastssl_pipelines import randomness
-from fastssl_pipelines.augment import Quality, draw, render
-from fastssl_pipelines.augment.images import as_images
+from fastssl_pipelines.augment import Images, Quality, as_images, views_of
 from fastssl_pipelines.spec import Batch, View
+
+AHEAD = 2  # batches rendered before they are asked for
 
 
 class ResidentPipeline:
@@ -31,36 +35,22 @@ class ResidentPipeline:
         keep_params: bool = False,
     ) -> None:
         images = as_images(source)
-        count, (rank, world) = len(images.offset), shard
-        if not 0 <= rank < world:
-            raise ValueError(f"shard is {shard}: give (rank, world) with 0 <= rank < world")
-        if not 1 <= batch_size <= count // world:
-            raise ValueError(
-                f"batch_size is {batch_size}, but each of {world} ranks has {count // world} images:"
-                " choose 1 to that many"
-            )
-        if not views:
-            raise ValueError("views is empty: give at least one View, such as policies.simclr(2)")
-        smallest = int(min(images.height.min(), images.width.min()))
-        for view in views:
-            if view.patch is not None and view.patch > smallest:
-                raise ValueError(
-                    f"View.patch is {view.patch} px, larger than the smallest image side, {smallest}"
-                )
-        if not 0 <= seed < 2**32:
-            raise ValueError(f"seed is {seed}: it must lie in [0, 2^32)")
+        _check(images, views, batch_size, seed, shard, quality)
         self.images = images.to(device)
         self.views = tuple(views)
         self.batch_size, self.seed, self.shard = batch_size, seed, shard
-        self.quality, self.keep_params = quality, keep_params
+        self.quality: Quality = quality
+        self.keep_params = keep_params
 
     def __len__(self) -> int:
-        return len(self.images.offset) // (self.batch_size * self.shard[1])
+        return self.images.count // (self.batch_size * self.shard[1])
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
-        """Batches `skip` to the last of epoch `epoch`."""
-        for index in self.order(epoch)[skip:]:
-            yield self.batch(index, epoch)
+        """Batches `skip` to the last of epoch `epoch`, each rendered while its predecessor is in
+        use."""
+        order = self.order(epoch)[skip:]
+        ahead = self._on_stream if self.images.flat.is_cuda else self._on_thread
+        return ahead(order, epoch)
 
     def order(self, epoch: int) -> Tensor:
         """The indices of every batch of this rank. -> (len(self), N) int64
@@ -68,20 +58,76 @@ class ResidentPipeline:
         Batch b holds the same images for any number of ranks that share one global batch size.
         """
         rank, world = self.shard
-        count = len(self) * self.batch_size * world
-        total, device = len(self.images.offset), self.images.flat.device
-        shuffled = randomness.permutation(total, self.seed, epoch, device)
-        return shuffled[:count].view(len(self), world, self.batch_size)[:, rank]
+        used = len(self) * self.batch_size * world
+        device = self.images.flat.device
+        shuffled = randomness.permutation(self.images.count, self.seed, epoch, device)
+        return shuffled[:used].view(len(self), world, self.batch_size)[:, rank]
 
     def batch(self, index: Tensor, epoch: int | Tensor) -> Batch:
-        """All views of the images at `index` (N,) int64, as epoch `epoch` shows them."""
+        """All views of the images at `index` (N,) int64, as epoch `epoch` shows them.
+
+        On a GPU no value is read back, so a CUDA graph may capture it, with `index` and `epoch` (a
+        tensor of one int64) refilled before each replay.
+        """
         images = self.images.select(index)
-        params = tuple(
-            draw(view, self.seed, epoch, index, v, images.height, images.width)
-            for v, view in enumerate(self.views)
-        )
-        rendered = [
-            render(images, p, view, self.quality)
-            for p, view in zip(params, self.views, strict=True)
-        ]
+        rendered, params = views_of(images, self.views, self.seed, epoch, index, self.quality)
         return Batch(rendered, index, params if self.keep_params else None)
+
+    def _on_thread(self, order: Tensor, epoch: int) -> Iterator[Batch]:
+        """The thread ends with the iterator, exhausted or dropped."""
+        with ThreadPoolExecutor(1, thread_name_prefix="fastssl-ahead") as thread:
+            pending = deque(thread.submit(self.batch, index, epoch) for index in order[:AHEAD])
+            for index in order[AHEAD:]:
+                ready = pending.popleft().result()
+                pending.append(thread.submit(self.batch, index, epoch))
+                yield ready
+            while pending:
+                yield pending.popleft().result()
+
+    def _on_stream(self, order: Tensor, epoch: int) -> Iterator[Batch]:
+        """A side stream renders the next batch while the current stream uses this one."""
+        side = torch.cuda.Stream(self.images.flat.device)
+        side.wait_stream(torch.cuda.current_stream(side.device))  # `order` comes from there
+        pending: deque[tuple[Batch, torch.cuda.Event]] = deque()
+        for index in order:
+            with torch.cuda.stream(side):
+                pending.append((self.batch(index, epoch), side.record_event()))
+            if len(pending) == AHEAD:
+                yield _hand_over(*pending.popleft())
+        while pending:
+            yield _hand_over(*pending.popleft())
+
+
+def _hand_over(batch: Batch, rendered: torch.cuda.Event) -> Batch:
+    """`batch`, safe to use on the current stream."""
+    stream = torch.cuda.current_stream(batch.index.device)
+    stream.wait_event(rendered)
+    for tensor in (*batch.views, batch.index, *(p.table for p in batch.params or ())):
+        tensor.record_stream(stream)  # its memory must not be reused before that stream is done
+    return batch
+
+
+def _check(
+    images: Images,
+    views: Sequence[View],
+    batch_size: int,
+    seed: int,
+    shard: tuple[int, int],
+    quality: str,
+) -> None:
+    rank, world = shard
+    if not 0 <= rank < world:
+        raise ValueError(f"shard is {shard}: give (rank, world) with 0 <= rank < world")
+    share = images.count // world
+    if not 1 <= batch_size <= share:
+        raise ValueError(f"batch_size is {batch_size}: a rank has {share} images; choose 1 to that")
+    if not views:
+        raise ValueError("views is empty: give at least one View, such as policies.simclr(2)")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed is {seed}: it must lie in [0, 2^32)")
+    if quality not in ("exact", "affine"):
+        raise ValueError(f"quality is {quality!r}: choose 'exact' or 'affine'")
+    side = int(images.place[:, 1:].min())
+    for view in views:
+        if view.patch is not None and view.patch > side:
+            raise ValueError(f"View.patch is {view.patch} px: the smallest image has side {side}")

@@ -1,18 +1,22 @@
-"""Drawing what a view is, and rendering it: apart, so that parameters can be logged, replayed and
-learnt from.
+"""Drawing what a view is, and rendering it: apart, so that it can be logged, replayed, learnt from.
 
-Shapes: N batch, C channels, S pixels per side. Images are uint8 RGB of any sizes.
+Shapes: N batch, C channels, S pixels per side, V views. Images are uint8 RGB of any sizes.
 """
 
+from collections.abc import Sequence
+from importlib.util import find_spec
+from itertools import groupby
+from types import ModuleType
 from typing import Literal
 
+import torch
 from torch import Tensor
 
-from fastssl_pipelines.augment.images import Images
+from fastssl_pipelines.augment.images import Images, as_images
 from fastssl_pipelines.augment.params import Params
 from fastssl_pipelines.spec import View
 
-__all__ = ["Images", "Params", "draw", "render"]
+__all__ = ["Images", "Params", "Quality", "as_images", "draw", "render", "views_of"]
 
 Quality = Literal["exact", "affine"]
 
@@ -26,16 +30,64 @@ def draw(
     height: Tensor | int,
     width: Tensor | int,
 ) -> Params:
-    """The parameters of view `view_number` of the images `index` (N,) int64 of sizes `height`,
-    `width`."""
-    from fastssl_pipelines.augment import reference
+    """The parameters of view `view_number` of images `index` (N,) int64 of these sizes, on its
+    device.
 
-    return reference.draw(view, seed, epoch, index, view_number, height, width)
+    They depend on the arguments alone, and are the same bits on every device.
+    """
+    sizes = (torch.as_tensor(x, device=index.device).expand(len(index)) for x in (height, width))
+    place = torch.stack([torch.zeros_like(index), *sizes], dim=1)
+    return Params(_back_end(index).draw((view,), seed, epoch, index, place, view_number)[0])
 
 
 def render(images: Images, params: Params, view: View, quality: Quality = "exact") -> Tensor:
-    """The views of `images` that `params` describes. -> (N, 3, S, S) in the view's dtype and
-    layout"""
+    """The views of `images` (N) that `params` describes. -> (N, 3, S, S), the view's dtype and
+    layout
+
+    quality "exact" applies the colour steps as torchvision does; "affine" as one matrix per view,
+    with a linear hue and a fixed contrast centre (see `affine.py`): cheaper, and different.
+    """
+    return _back_end(images.flat).render(images, params.table[None], view, quality)[0]
+
+
+def views_of(
+    images: Images,
+    views: Sequence[View],
+    seed: int,
+    epoch: int | Tensor,
+    index: Tensor,
+    quality: Quality = "exact",
+) -> tuple[list[Tensor], tuple[Params, ...]]:
+    """Draw and render all `views` of `images` (N), called `index` (N,): V tensors, V `Params`.
+
+    Neighbouring views of one look are rendered together and are slices of one tensor.
+    """
+    back_end = _back_end(images.flat)
+    table = back_end.draw(tuple(views), seed, epoch, index, images.place, 0)
+    rendered: list[Tensor] = []
+    for _, run in groupby(views, key=_look):
+        alike = list(run)
+        rows = table[len(rendered) : len(rendered) + len(alike)]
+        rendered += back_end.render(images, rows, alike[0], quality).unbind(0)
+    return rendered, tuple(Params(rows) for rows in table)
+
+
+def _look(view: View) -> tuple[object, ...]:
+    """What is the same for all samples of a view; the rest is drawn."""
+    normal = (view.mean, view.std)
+    return view.size, view.interpolation, normal, view.dtype, view.channels_last
+
+
+def _back_end(tensor: Tensor) -> ModuleType:
+    """Triton for tensors on a GPU; on the CPU numba, or plain torch where numba is missing."""
     from fastssl_pipelines.augment import reference
 
-    return reference.render(images, params, view)
+    if tensor.is_cuda:
+        from fastssl_pipelines.augment import cuda
+
+        return cuda
+    if find_spec("numba") is None:
+        return reference
+    from fastssl_pipelines.augment import cpu
+
+    return cpu

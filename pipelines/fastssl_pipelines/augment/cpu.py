@@ -11,11 +11,11 @@ Shapes: N batch, C channels, S pixels per side, K most taps of a resampled pixel
 # ^ numba infers the types of what it compiles
 
 import hashlib
-import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,8 +28,8 @@ from torch import Tensor
 
 from fastssl_pipelines import randomness
 from fastssl_pipelines.augment import draws, pixels
+from fastssl_pipelines.augment.affine import color_maps
 from fastssl_pipelines.augment.images import Images
-from fastssl_pipelines.augment.params import Params
 from fastssl_pipelines.augment.rebind import rebind
 from fastssl_pipelines.augment.reference import BLUR_REACH
 from fastssl_pipelines.spec import View
@@ -80,7 +80,7 @@ _d = SimpleNamespace(**rebind([randomness, draws], _DRAWS, exact, lambda number:
 _p = SimpleNamespace(**rebind([pixels], _PIXELS, fast, _single))
 draw_view = _d.draw_view
 adjust, tone, finish, clamp, luma = _p.adjust, _p.tone, _p.finish, _p.clamp, _p.luma
-triangle, cubic = _p.triangle, _p.cubic
+recolor, triangle, cubic = _p.recolor, _p.triangle, _p.cubic
 
 ZERO, HALF, ONE, TWO = (np.float32(x) for x in (0, 0.5, 1, 2))
 BYTE = np.float32(1 / 255)
@@ -91,6 +91,13 @@ TOP, LEFT, HEIGHT, WIDTH, FLIP = draws.TOP, draws.LEFT, draws.HEIGHT, draws.WIDT
 COUNT = len(draws.COLUMNS)
 ERASE_TOP, ERASE_LEFT = draws.ERASE_TOP, draws.ERASE_LEFT
 ERASE_HEIGHT, ERASE_WIDTH = draws.ERASE_HEIGHT, draws.ERASE_WIDTH
+
+
+@fast
+def _taps(longest, size, bicubic):
+    """Room for the taps of a crop up to `longest`: first (S,), count (S,), weight (S, K)."""
+    most = (4 if bicubic else 2) * max(1, -(-longest // size)) + 2
+    return np.empty(size, np.int64), np.empty(size, np.int64), np.empty((size, most), np.float32)
 
 
 @fast
@@ -146,7 +153,8 @@ def _resample(source, stride, height, width, size, taps_y, taps_x, line, planes)
 
 @fast
 def _jitter(planes, row):
-    """The colour steps in this view's order, then what `tone` does."""
+    """The colour steps in this view's order, one loop each: a step known to the compiler
+    vectorises."""
     r, g, b = planes[0], planes[1], planes[2]
     for slot in range(STEP0, STEP3 + 1):
         step = row[slot]
@@ -167,6 +175,18 @@ def _jitter(planes, row):
         elif step == 3:
             for i in range(len(r)):
                 r[i], g[i], b[i] = adjust(3, r[i], g[i], b[i], mean, row)
+
+
+@fast
+def _recolor(planes, color):
+    r, g, b = planes[0], planes[1], planes[2]
+    for i in range(len(r)):
+        r[i], g[i], b[i] = recolor(r[i], g[i], b[i], color)
+
+
+@fast
+def _tone(planes, row):
+    r, g, b = planes[0], planes[1], planes[2]
     for i in range(len(r)):
         r[i], g[i], b[i] = tone(r[i], g[i], b[i], row)
 
@@ -227,28 +247,19 @@ def _store(planes, row, numbers, last, size, out):
                 out[3 * i + c if last else c * size * size + i] = ZERO
 
 
-def _draw_range(lo, hi, table, index, view, seed, epoch, height, width, numbers):
+def _draw_range(lo, hi, table, index, place, view, seed, epoch, numbers):
     for n in range(lo, hi):
-        h, w = np.float64(height[n]), np.float64(width[n])
+        h, w = np.float64(place[n, 1]), np.float64(place[n, 2])
         draw_view(table[n], index[n], view, seed, epoch, h, w, numbers)
 
 
-def _render_range(lo, hi, flat, offset, heights, widths, table, size, bicubic, last, numbers, out):
+def _render_range(lo, hi, flat, place, table, affine, colors, size, bicubic, last, numbers, out):
     longest_y, longest_x = 1, 1
     for n in range(lo, hi):
         longest_y = max(longest_y, int(table[n, HEIGHT]))
         longest_x = max(longest_x, int(table[n, WIDTH]))
-    reach = 2 if bicubic else 1
-    taps_y = (
-        np.empty(size, np.int64),
-        np.empty(size, np.int64),
-        np.empty((size, 2 * reach * max(1, -(-longest_y // size)) + 2), np.float32),
-    )
-    taps_x = (
-        np.empty(size, np.int64),
-        np.empty(size, np.int64),
-        np.empty((size, 2 * reach * max(1, -(-longest_x // size)) + 2), np.float32),
-    )
+    taps_y = _taps(longest_y, size, bicubic)
+    taps_x = _taps(longest_x, size, bicubic)
     line = np.empty(3 * longest_x, np.float32)
     planes = np.empty((3, size * size), np.float32)
     weight = np.empty(size, np.float32)
@@ -256,12 +267,16 @@ def _render_range(lo, hi, flat, offset, heights, widths, table, size, bicubic, l
     for n in range(lo, hi):
         row = to_fixed_tuple(table[n], COUNT)  # by value: nothing it says can change inside a loop
         height, width = int(row[HEIGHT]), int(row[WIDTH])
-        stride = 3 * widths[n]
-        source = flat[offset[n] + int(row[TOP]) * stride + 3 * int(row[LEFT]) :]
+        stride = 3 * place[n, 2]
+        source = flat[place[n, 0] + int(row[TOP]) * stride + 3 * int(row[LEFT]) :]
         _fill_taps(height, bicubic, False, BYTE, *taps_y)
         _fill_taps(width, bicubic, row[FLIP] > 0, ONE, *taps_x)
         _resample(source, stride, height, width, size, taps_y, taps_x, line, planes)
-        _jitter(planes, row)
+        if affine:
+            _recolor(planes, to_fixed_tuple(colors[n], 12))
+        else:
+            _jitter(planes, row)
+        _tone(planes, row)
         if row[SIGMA] > 0:
             for c in range(3):
                 _blur(planes[c].reshape(size, size), row[SIGMA], weight, rows)
@@ -273,61 +288,55 @@ _render_range = _on_disk(_render_range)
 
 
 def draw(
-    view: View,
-    seed: int,
-    epoch: int | Tensor,
-    index: Tensor,
-    view_number: int,
-    height: Tensor | int,
-    width: Tensor | int,
-) -> Params:
-    """`reference.draw`, bit for bit."""
-    table = torch.empty(len(index), len(draws.COLUMNS))
-    sizes = [torch.as_tensor(x).expand(len(index)).numpy() for x in (height, width)]
-    numbers = np.array(draws.view_numbers(view))
-    _in_chunks(
-        _draw_range, table.numpy(), index.numpy(), view_number, seed, int(epoch), *sizes, numbers
-    )
-    return Params(table)
+    views: Sequence[View], seed: int, epoch: int | Tensor, index: Tensor, place: Tensor, first: int
+) -> Tensor:
+    """`reference.draw`, bit for bit. -> (V, N, columns)"""
+    table = torch.empty(len(views), len(index), len(draws.COLUMNS))
+    for v, view in enumerate(views):
+        numbers = np.array(draws.view_numbers(view))
+        rows, labels, places = table[v].numpy(), index.numpy(), place.contiguous().numpy()
+        key = (first + v, seed, int(epoch))
+        _in_chunks(_draw_range, len(index), rows, labels, places, *key, numbers)
+    return table
 
 
-def render(images: Images, params: Params, view: View) -> Tensor:
-    """`reference.render`, within 1/255. -> (N, 3, S, S)"""
-    layout = torch.channels_last if view.channels_last else torch.contiguous_format
-    shape = (len(params), 3, view.size, view.size)
-    out = torch.empty(shape, memory_format=layout)
-    floats = out.permute(0, 2, 3, 1) if view.channels_last else out
-    _in_chunks(
-        _render_range,
-        *(part.numpy() for part in (images.flat, images.offset, images.height, images.width)),
-        params.table.numpy(),
-        view.size,
-        view.interpolation == "bicubic",
-        view.channels_last,
-        np.array(draws.view_numbers(view)),
-        floats.reshape(len(params), -1).numpy(),
-    )
-    return out.to(view.dtype)
+def render(images: Images, table: Tensor, view: View, quality: str) -> Tensor:
+    """`reference.render`, within 1/255. -> (G, N, 3, S, S)"""
+    groups, count, _ = table.shape
+    size, last = view.size, view.channels_last
+    out = torch.empty((groups, count, size, size, 3) if last else (groups, count, 3, size, size))
+    affine = quality == "affine"
+    colors = color_maps(table) if affine else table.new_empty(groups, 0, 12)
+    for group in range(groups):
+        _in_chunks(
+            _render_range,
+            count,
+            images.flat.numpy(),
+            images.place.contiguous().numpy(),
+            table[group].numpy(),
+            affine,
+            colors[group].numpy(),
+            size,
+            view.interpolation == "bicubic",
+            last,
+            np.array(draws.view_numbers(view)),
+            out[group].view(count, -1).numpy(),
+        )
+    return (out.movedim(-1, 2) if last else out).to(view.dtype)
 
 
-def _in_chunks(kernel: Any, *arguments: Any) -> None:
-    """kernel(lo, hi, *arguments) over all samples; the first argument has one row per sample."""
-    count = len(arguments[0]) if kernel is _draw_range else len(arguments[1])
+def _in_chunks(kernel: Any, count: int, *arguments: Any) -> None:
+    """kernel(low, high, *arguments) over `count` samples, on as many threads as torch uses."""
     threads = torch.get_num_threads()
     chunks = min(count, threads * CHUNKS_PER_THREAD)
+    pool = _threads(os.getpid(), threads)
     bounds = [count * i // chunks for i in range(chunks + 1)]
-    if chunks <= 1:
-        kernel(0, count, *arguments)
-        return
-    work = [
-        _threads(os.getpid(), threads).submit(kernel, lo, hi, *arguments)
-        for lo, hi in zip(bounds, bounds[1:])
-    ]
+    work = [pool.submit(kernel, *span, *arguments) for span in pairwise(bounds)]
     for chunk in work:
         chunk.result()
 
 
 @cache
 def _threads(process: int, count: int) -> ThreadPoolExecutor:
-    """One pool for this process: a forked child must not use its parent's."""
+    """One pool for this process: a forked child has not got its parent's threads."""
     return ThreadPoolExecutor(count, thread_name_prefix="fastssl-views")

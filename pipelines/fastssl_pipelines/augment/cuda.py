@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fastssl_pipelines import randomness
 from fastssl_pipelines.augment import draws, pixels
+from fastssl_pipelines.augment.affine import color_maps
 from fastssl_pipelines.augment.images import Images
 from fastssl_pipelines.augment.rebind import rebind
 from fastssl_pipelines.augment.reference import BLUR_REACH
@@ -97,7 +98,8 @@ def _constant(number: float) -> object:
 
 _f = SimpleNamespace(**rebind([randomness, draws, pixels], _primitives, triton.jit, _constant))
 draw_view = _f.draw_view
-adjust, tone, finish, clamp, luma = _f.adjust, _f.tone, _f.finish, _f.clamp, _f.luma
+adjust, recolor, tone, finish = _f.adjust, _f.recolor, _f.tone, _f.finish
+clamp, luma = _f.clamp, _f.luma
 triangle, cubic = _f.triangle, _f.cubic
 REACH = _constant(BLUR_REACH)
 TOP, LEFT, HEIGHT, WIDTH, FLIP = _f.TOP, _f.LEFT, _f.HEIGHT, _f.WIDTH, _f.FLIP
@@ -178,7 +180,7 @@ def _resample(
         for sx in range(x_low, x_high, W):
             xs = sx + tl.arange(0, W)
             wx = _weights(x, xs, width, SIZE, CUBIC).to(tl.float16)
-            at = image_ptr + ys.to(tl.int64)[:, None] * stride + xs[None, :] * 3
+            at = image_ptr + (ys[:, None] * stride + xs[None, :] * 3)  # int32: one image < 2 GiB
             inside = (ys < height)[:, None] & (xs < width)[None, :]
             r = _product(wy, tl.load(at, inside, 0).to(tl.float16), wx, r)
             g = _product(wy, tl.load(at + 1, inside, 0).to(tl.float16), wx, g)
@@ -202,10 +204,13 @@ def _luma_sum(r, g, b, row, y, x, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _color(r, g, b, row, mean):
-    """The colour steps in this view's order, then what `tone` does."""
-    for slot in range(4):
-        r, g, b = adjust(_get(row, STEP0 + slot), r, g, b, mean, row)
+def _color(r, g, b, row, mean, color_ptr, AFFINE: tl.constexpr):
+    """The colour steps in this view's order, or one map for all of them; then what `tone` does."""
+    if AFFINE:
+        r, g, b = recolor(r, g, b, color_ptr)
+    else:
+        for slot in range(4):
+            r, g, b = adjust(_get(row, STEP0 + slot), r, g, b, mean, row)
     return tone(r, g, b, row)
 
 
@@ -255,52 +260,48 @@ def _store_pixels(out_ptr, r, g, b, row, numbers_ptr, y, x, SIZE: tl.constexpr, 
 
 
 @triton.jit
-def _locate(table_ptr, out_ptr, n, view, N, COLUMNS: tl.constexpr, SIZE: tl.constexpr):
-    """The row of parameters and the output of view `view` of sample `n`."""
-    slot = view.to(tl.int64) * N + n
-    return table_ptr + slot * COLUMNS, out_ptr + slot * (3 * SIZE * SIZE)
-
-
-@triton.jit
 def _whole_kernel(
-    flat_ptr, place_ptr, table_ptr, numbers_ptr, out_ptr, N, G, COLUMNS: tl.constexpr,
-    SIZE: tl.constexpr, CUBIC: tl.constexpr, LAST: tl.constexpr, B: tl.constexpr, W: tl.constexpr,
+    flat_ptr, place_ptr, table_ptr, color_ptr, numbers_ptr, out_ptr, N, G, COLUMNS: tl.constexpr,
+    SIZE: tl.constexpr, CUBIC: tl.constexpr, LAST: tl.constexpr, AFFINE: tl.constexpr,
+    B: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     n, view = tl.program_id(0) // G, tl.program_id(0) % G  # views of one image side by side: L2
-    row, out_ptr = _locate(table_ptr, out_ptr, n, view, N, COLUMNS, SIZE)
+    slot = view.to(tl.int64) * N + n
+    row = table_ptr + slot * COLUMNS
     image_ptr = flat_ptr + tl.load(place_ptr + 3 * n)
-    stride = 3 * tl.load(place_ptr + 3 * n + 2)
+    stride = 3 * tl.load(place_ptr + 3 * n + 2).to(tl.int32)
     y = tl.arange(0, B)
     r, g, b = _resample(image_ptr, stride, row, 0, 0, SIZE, CUBIC, B, W)
-    if _get(row, STEP0) >= 0:
+    mean = 0.0
+    if (_get(row, STEP0) >= 0) & (not AFFINE):
         mean = _luma_sum(r, g, b, row, y, y, SIZE) / (SIZE * SIZE)
-        r, g, b = _color(r, g, b, row, mean)
-    else:
-        r, g, b = tone(r, g, b, row)
+    r, g, b = _color(r, g, b, row, mean, color_ptr + slot * 12, AFFINE)
     sigma = _get(row, SIGMA)
     if sigma > 0:
-        weight = _gaussian(y, y, sigma, SIZE)
-        weight = tl.where((y < SIZE)[:, None], weight, 0.0)
-        weight = (weight / tl.maximum(tl.sum(weight, 1), 1e-6)[:, None]).to(tl.float16)
+        weight = _gaussian(tl.minimum(y, SIZE - 1), y, sigma, SIZE)
+        weight = (weight / tl.sum(weight, 1)[:, None]).to(tl.float16)
         zeros = tl.zeros([B, B], tl.float32)
         r = _product(weight, r.to(tl.float16), weight, zeros)
         g = _product(weight, g.to(tl.float16), weight, zeros)
         b = _product(weight, b.to(tl.float16), weight, zeros)
-    _store_pixels(out_ptr, r, g, b, row, numbers_ptr, y, y, SIZE, LAST)
+    _store_pixels(out_ptr + slot * (3 * SIZE * SIZE), r, g, b, row, numbers_ptr, y, y, SIZE, LAST)
 
 
 @triton.jit
 def _tiled_kernel(
-    flat_ptr, place_ptr, table_ptr, numbers_ptr, out_ptr, bytes_ptr, N, G, COLUMNS: tl.constexpr,
-    SIZE: tl.constexpr, CUBIC: tl.constexpr, LAST: tl.constexpr, B: tl.constexpr, W: tl.constexpr,
+    flat_ptr, place_ptr, table_ptr, color_ptr, numbers_ptr, out_ptr, bytes_ptr, N, G,
+    COLUMNS: tl.constexpr, SIZE: tl.constexpr, CUBIC: tl.constexpr, LAST: tl.constexpr,
+    AFFINE: tl.constexpr, B: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     n, view = tl.program_id(0) // G, tl.program_id(0) % G  # views of one image side by side: L2
-    row, out_ptr = _locate(table_ptr, out_ptr, n, view, N, COLUMNS, SIZE)
-    bytes_ptr += (view.to(tl.int64) * N + n) * (3 * SIZE * SIZE)
+    slot = view.to(tl.int64) * N + n
+    row = table_ptr + slot * COLUMNS
+    out_ptr += slot * (3 * SIZE * SIZE)
+    bytes_ptr += slot * (3 * SIZE * SIZE)
     image_ptr = flat_ptr + tl.load(place_ptr + 3 * n)
-    stride = 3 * tl.load(place_ptr + 3 * n + 2)
+    stride = 3 * tl.load(place_ptr + 3 * n + 2).to(tl.int32)
     mean = 0.0
-    if _get(row, STEP0) >= 0:
+    if (_get(row, STEP0) >= 0) & (not AFFINE):
         for y0 in range(0, SIZE, B):
             for x0 in range(0, SIZE, B):
                 r, g, b = _resample(image_ptr, stride, row, y0, x0, SIZE, CUBIC, B, W)
@@ -310,10 +311,10 @@ def _tiled_kernel(
     for y0 in range(0, SIZE, B):
         for x0 in range(0, SIZE, B):
             r, g, b = _resample(image_ptr, stride, row, y0, x0, SIZE, CUBIC, B, W)
-            r, g, b = _color(r, g, b, row, mean)
+            r, g, b = _color(r, g, b, row, mean, color_ptr + slot * 12, AFFINE)
             y, x = y0 + tl.arange(0, B), x0 + tl.arange(0, B)
             if _get(row, SIGMA) > 0:
-                at = bytes_ptr + y[:, None] * SIZE + x[None, :]
+                at = bytes_ptr + (y[:, None] * SIZE + x[None, :])
                 inside = (y < SIZE)[:, None] & (x < SIZE)[None, :]
                 tl.store(at, (r * 255.0 + 0.5).to(tl.uint8), inside)
                 tl.store(at + SIZE * SIZE, (g * 255.0 + 0.5).to(tl.uint8), inside)
@@ -347,7 +348,7 @@ def _blur_kernel(
             for sx in range(tl.maximum(x0 - radius, 0), tl.minimum(x0 + B + radius, SIZE), W):
                 xs = sx + tl.arange(0, W)
                 wx = _gaussian(tl.minimum(x, SIZE - 1), xs, sigma, SIZE).to(tl.float16)
-                at = bytes_ptr + ys[:, None] * SIZE + xs[None, :]
+                at = bytes_ptr + (ys[:, None] * SIZE + xs[None, :])
                 inside = (ys < SIZE)[:, None] & (xs < SIZE)[None, :]
                 plane = SIZE * SIZE
                 r = _product(wy, tl.load(at, inside, 0).to(tl.float16), wx, r)
@@ -397,8 +398,9 @@ def draw(
     return table
 
 
-def render(images: Images, table: Tensor, view: View) -> Tensor:
-    """Views that look like `view`, within 1/255 of `reference.render`. -> (G, N, 3, S, S)
+def render(images: Images, table: Tensor, view: View, quality: str) -> Tensor:
+    """`reference.render`, within 1/255. -> (G, N, 3, S, S); `blurs=False` vouches that no sigma is
+    > 0.
 
     table: (G, N, columns), contiguous.
     """
@@ -406,23 +408,23 @@ def render(images: Images, table: Tensor, view: View) -> Tensor:
     size, last = view.size, view.channels_last
     shape = (groups, count, size, size, 3) if last else (groups, count, 3, size, size)
     out = torch.empty(shape, dtype=view.dtype, device=table.device)
+    affine = quality == "affine"
+    colors = color_maps(table) if affine else table
     numbers = _numbers((view,), table.device)
+    source = (images.flat, images.place, table, colors, numbers, out)
     look = {"COLUMNS": columns, "SIZE": size, "LAST": last}
-    cubic_ = view.interpolation == "bicubic"
-    source = (images.flat, images.place, table, numbers, out)
+    how = {"CUBIC": view.interpolation == "bicubic", "AFFINE": affine}
     if size <= WHOLE:
         tile = max(16, triton.next_power_of_2(size))
         window, warps = WHOLE_TILES[tile]
-        _whole_kernel[(count * groups,)](
-            *source, count, groups, **look, CUBIC=cubic_, B=tile, W=window, num_warps=warps
-        )
+        tiling = {"B": tile, "W": window, "num_warps": warps}
+        _whole_kernel[(count * groups,)](*source, count, groups, **look, **how, **tiling)
     else:
-        pixels_ = torch.empty(shape if view.blur > 0 else 1, dtype=torch.uint8, device=out.device)
+        unblurred = torch.empty(shape, dtype=torch.uint8, device=out.device)
         tiling = {"B": TILE, "W": WINDOW, "num_warps": WARPS}
-        _tiled_kernel[(count * groups,)](
-            *source, pixels_, count, groups, **look, CUBIC=cubic_, **tiling
-        )
-        if view.blur > 0:
-            grid = (count * groups, triton.cdiv(size, TILE) ** 2)
-            _blur_kernel[grid](pixels_, table, numbers, out, **look, **tiling)
+        _tiled_kernel[(count * groups,)](*source, unblurred, count, groups, **look, **how, **tiling)
+        grid = (count * groups, triton.cdiv(size, TILE) ** 2)
+        _blur_kernel[grid](
+            unblurred, table, numbers, out, **look, **tiling
+        )  # ends at once at sigma 0
     return out.movedim(-1, 2) if last else out

@@ -3,8 +3,10 @@
 Shapes: M images, H and W pixels.
 """
 
+import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,32 +15,27 @@ from torch import Tensor
 WANTED = "wanted uint8 RGB, (M, H, W, 3) or a sequence of (H, W, 3)"
 
 
-class Images(NamedTuple):
-    """RGB uint8 images. Image i is the `height[i] * width[i] * 3` bytes of `flat` from `offset[i]`
-    on."""
+@dataclass(frozen=True)
+class Images:
+    """RGB uint8 images: image i is `height * width * 3` bytes of `flat`, from `offset` on."""
 
     flat: Tensor  # uint8
-    place: Tensor  # (M, 3) int64: offset, height, width
+    place: Tensor  # (M, 3) int64: offset, height, width of each
     same: bool  # whether all have one size
 
     @property
-    def offset(self) -> Tensor:
-        return self.place[:, 0]
-
-    @property
-    def height(self) -> Tensor:
-        return self.place[:, 1]
-
-    @property
-    def width(self) -> Tensor:
-        return self.place[:, 2]
+    def count(self) -> int:
+        return len(self.place)
 
     def select(self, index: Tensor) -> "Images":
         """The images at `index` (N,): no pixel is copied."""
-        return self._replace(place=self.place[index])
+        return replace(self, place=self.place[index])
 
     def to(self, device: torch.device | str) -> "Images":
-        return self._replace(flat=self.flat.to(device), place=self.place.to(device))
+        """These images on `device`; ValueError where it has no room for them."""
+        if self.flat.device.type != torch.device(device).type:
+            _check_room(self.flat.nbytes, torch.device(device))
+        return replace(self, flat=self.flat.to(device), place=self.place.to(device))
 
     def pixels(self, i: int) -> Tensor:
         """(H, W, 3) of image i."""
@@ -55,17 +52,24 @@ def as_images(source: Any) -> Images:
     if isinstance(source, Images):
         return source
     if isinstance(source, np.ndarray | Tensor):
-        pixels = torch.as_tensor(source)
+        pixels = _tensor(source)
         _check(pixels.shape, pixels.dtype, 4, "source")
         count, height, width, _ = pixels.shape
         return _lay(pixels.reshape(-1), [height] * count, [width] * count)
     if not isinstance(source, Sequence) or len(source) == 0:
         raise ValueError(f"source is {type(source).__name__} without images; {WANTED}")
-    tensors = [torch.as_tensor(image) for image in source]
+    tensors = [_tensor(image) for image in source]
     for i, image in enumerate(tensors):
         _check(image.shape, image.dtype, 3, f"source[{i}]")
+    _check_room(sum(image.nbytes for image in tensors), tensors[0].device)
     flat = torch.cat([image.reshape(-1) for image in tensors])
     return _lay(flat, [t.shape[0] for t in tensors], [t.shape[1] for t in tensors])
+
+
+def _tensor(pixels: Any) -> Tensor:
+    with warnings.catch_warnings():  # read-only memory is welcome: nothing here writes to it
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.as_tensor(pixels)
 
 
 def _lay(flat: Tensor, heights: list[int], widths: list[int]) -> Images:
@@ -74,6 +78,23 @@ def _lay(flat: Tensor, heights: list[int], widths: list[int]) -> Images:
     place = torch.stack([size.cumsum(0) - size, height, width], dim=1)
     same = bool((place[:, 1:] == place[0, 1:]).all())
     return Images(flat, place.to(flat.device), same)
+
+
+def _check_room(needed: int, device: torch.device) -> None:
+    free = free_bytes(device)
+    if needed > free:
+        raise ValueError(
+            f"the images need {needed / 2**30:.3g} GiB, {device} has {free / 2**30:.3g} GiB free:"
+            " store them smaller, or use an engine that reads from disk (dali, ffcv)"
+        )
+
+
+def free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with open("/proc/meminfo") as lines:
+        (kib,) = (line.split()[1] for line in lines if line.startswith("MemAvailable"))
+    return int(kib) * 1024
 
 
 def _check(shape: torch.Size, dtype: torch.dtype, dims: int, name: str) -> None:

@@ -88,6 +88,15 @@ def adjust(step, r, g, b, mean, row):
     return r, g, b
 
 
+def recolor(r, g, b, color):
+    """All jitter steps as one map, `color` (12): see `affine.py`."""
+    return (
+        clamp(get(color, 0) * r + get(color, 1) * g + get(color, 2) * b + get(color, 3)),
+        clamp(get(color, 4) * r + get(color, 5) * g + get(color, 6) * b + get(color, 7)),
+        clamp(get(color, 8) * r + get(color, 9) * g + get(color, 10) * b + get(color, 11)),
+    )
+
+
 def tone(r, g, b, row):
     """What follows the jitter and precedes the blur: grayscale."""
     gray = get(row, GRAY) > ZERO

@@ -6,58 +6,69 @@ out = Wy @ image @ Wx^T.
 Shapes: N batch, C channels, H and W pixels of an image, S pixels per side of a view.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from fastssl_pipelines.augment import draws, pixels
+from fastssl_pipelines.augment.affine import color_maps
 from fastssl_pipelines.augment.images import Images
-from fastssl_pipelines.augment.params import Params
 from fastssl_pipelines.spec import View
 
 BLUR_REACH = 3.5  # the blur is cut off at this many sigma, where 0.05 % of the Gaussian is left
 
 
 def draw(
-    view: View,
-    seed: int,
-    epoch: int | Tensor,
-    index: Tensor,
-    view_number: int,
-    height: Tensor | int,
-    width: Tensor | int,
-) -> Params:
-    """The parameters of view `view_number` of images `index` (N,) int64 with these sizes."""
-    table = torch.empty(len(index), len(draws.COLUMNS), device=index.device)
-    height, width = (index.double() * 0 + size for size in (height, width))
-    number = torch.full_like(index, view_number)
-    draws.draw_view(table, index, number, seed, epoch, height, width, draws.view_numbers(view))
-    return Params(table)
+    views: Sequence[View], seed: int, epoch: int | Tensor, index: Tensor, place: Tensor, first: int
+) -> Tensor:
+    """The parameters of `views`, numbered from `first` on. -> (V, N, columns)
+
+    index: (N,) int64, what the samples are called. place: (N, 3), `Images.place`.
+    """
+    table = torch.empty(len(views), len(index), len(draws.COLUMNS), device=index.device)
+    height, width = place[:, 1].double(), place[:, 2].double()
+    for v, view in enumerate(views):
+        number = torch.full_like(index, first + v)
+        numbers = draws.view_numbers(view)
+        draws.draw_view(table[v], index, number, seed, epoch, height, width, numbers)
+    return table
 
 
-def render(images: Images, params: Params, view: View) -> Tensor:
-    """(N, 3, S, S) in the view's dtype and layout."""
-    if images.same:
-        rendered = _render(_gather(images), params.table, view)
-    else:
-        single = [images.pixels(i)[None] for i in range(len(images.offset))]
-        rows = params.table.split(1)
-        rendered = torch.cat([_render(x, row, view) for x, row in zip(single, rows, strict=True)])
+def render(images: Images, table: Tensor, view: View, quality: str) -> Tensor:
+    """Views that look like `view`, one for each row of `table`. -> (G, N, 3, S, S)
+
+    table: (G, N, columns). Size, interpolation, normalisation, dtype and layout are `view`'s.
+    """
     layout = torch.channels_last if view.channels_last else torch.contiguous_format
-    return rendered.to(view.dtype, memory_format=layout)
+    groups = (_render_group(images, rows, view, quality) for rows in table)
+    return torch.stack([group.to(view.dtype, memory_format=layout) for group in groups])
+
+
+def _render_group(images: Images, rows: Tensor, view: View, quality: str) -> Tensor:
+    """(N, columns) -> (N, 3, S, S) float32"""
+    if images.same:
+        return _render(_gather(images), rows, view, quality)
+    single = [images.pixels(i)[None] for i in range(len(rows))]
+    pairs = zip(single, rows.split(1), strict=True)
+    return torch.cat([_render(image, row, view, quality) for image, row in pairs])
 
 
 def _gather(images: Images) -> Tensor:
     """(N, H, W, 3), images all of one size."""
-    height, width = int(images.height[0]), int(images.width[0])
+    _, height, width = images.place[0].tolist()
     span = torch.arange(height * width * 3, device=images.flat.device)
-    return images.flat[images.offset[:, None] + span].view(-1, height, width, 3)
+    return images.flat[images.place[:, :1] + span].view(-1, height, width, 3)
 
 
-def _render(image: Tensor, row: Tensor, view: View) -> Tensor:
+def _render(image: Tensor, row: Tensor, view: View, quality: str) -> Tensor:
     """(N, H, W, 3) uint8, (N, columns) -> (N, 3, S, S) float32"""
     x = _resample(image, row, view)
-    x = _jitter(x, row)
-    r, g, b = x.unbind(1)
+    if quality == "affine":
+        r, g, b = x.unbind(1)
+        r, g, b = pixels.recolor(r, g, b, color_maps(row))
+    else:
+        r, g, b = _jitter(x, row).unbind(1)
     x = torch.stack(pixels.tone(r, g, b, row), dim=1)
     x = _blur(x, row)
     x = torch.stack([pixels.finish(channel, row) for channel in x.unbind(1)], dim=1)

@@ -1,0 +1,61 @@
+"""The colour steps of a view as one affine map of RGB: quality "affine".
+
+What it changes, all of it visible: no clamping between steps, contrast around 0.5 in place of the
+view's own mean, and a hue that turns linearly in YIQ (as NVIDIA DALI's color_twist does) in place
+of HSV.
+
+Shapes: ... any leading dimensions.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastssl_pipelines.augment import draws, pixels
+
+YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])  # from RGB
+
+
+def color_maps(table: Tensor) -> Tensor:
+    """The colour steps of every row of `table` (..., columns), in its own order. -> (..., 12)
+
+    The 12 numbers are the rows of a (3, 4) matrix: red' = m[0] r + m[1] g + m[2] b + m[3].
+    """
+    color = torch.eye(3, 4, device=table.device).expand(*table.shape[:-1], 3, 4)
+    factors = table[..., draws.BRIGHTNESS : draws.HUE + 1, None, None]
+    brightness, contrast, saturation, turns = factors.unbind(-3)
+    gray = torch.tensor([[pixels.RED, pixels.GREEN, pixels.BLUE]], device=table.device).expand(3, 3)
+    center = torch.tensor([0.0, 0.0, 0.0, 0.5], device=table.device)
+    rotation = _hue_rotation(turns)
+    for slot in range(draws.STEP0, draws.STEP3 + 1):
+        step = table[..., slot, None, None]
+        color = torch.where(
+            step == 0,
+            brightness * color,
+            torch.where(
+                step == 1,
+                contrast * color + (1 - contrast) * center,
+                torch.where(
+                    step == 2,
+                    saturation * color + (1 - saturation) * (gray @ color),
+                    torch.where(step == 3, rotation @ color, color),
+                ),
+            ),
+        )
+    return color.reshape(*table.shape[:-1], 12)
+
+
+def _hue_rotation(turns: Tensor) -> Tensor:
+    """(..., 1, 1) -> (..., 3, 3): the rotation of the (I, Q) plane; HSV's hue runs against its
+    angle."""
+    luma, plane, across = np.diag([1.0, 0, 0]), np.diag([0.0, 1, 1]), np.zeros((3, 3))
+    across[1, 2], across[2, 1] = 1.0, -1.0
+    inverse = np.linalg.inv(YIQ)
+    keep, along, over = (
+        torch.tensor(inverse @ part @ YIQ, dtype=turns.dtype, device=turns.device)
+        for part in (luma, plane, across)
+    )
+    angle = 2 * math.pi * turns
+    return keep + torch.cos(angle) * along + torch.sin(angle) * over
