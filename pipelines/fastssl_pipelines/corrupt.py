@@ -37,7 +37,8 @@ class Corrupt:
             raise CorruptDataError(f"{name}: {reason}; repair or remove it, or skip such images")
         log.warning("left out: %s: %s", name, reason)
         if len(self.reasons) > self.quota * self.total:
+            count = f"{len(self.reasons)} of {self.total} images are unreadable"
             raise CorruptDataError(
-                f"{len(self.reasons)} of {self.total} images are unreadable, more than the "
-                f"quota of {self.quota:.2%}; the last is {name}: {reason}; `fastssl doctor` lists them all"
+                f"{count}, more than the quota of {self.quota:.2%}; the last is {name}: {reason}; "
+                "`fastssl doctor` lists them all"
             )

@@ -11,6 +11,7 @@ Shapes: N batch, H and W pixels.
 """
 
 import os
+from collections import deque
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,16 +32,19 @@ from fastssl_pipelines.encoded import (
     require_side,
 )
 
+MOST_RUNNING = 8  # batches with DALI at once
 Loaded = NDArray[np.uint8] | UnreadableError  # encoded (L,), decoded (H, W, 3), or neither
 
 
 @dataclass
 class Running:
-    """A batch that DALI is decoding: `loaded` belongs to `index`, its 1-D arrays are with DALI."""
+    """A batch being decoded: `loaded[n]` is what became of image `index[n]`; 1-D arrays are with
+    DALI."""
 
     index: Tensor  # (N,)
     loaded: list[Loaded]
-    dali: "_Dali | None"
+    dali: "_Dali"
+    decoded: "list[Any] | None"  # what DALI will fill in; None where it has nothing to do
 
 
 class DaliPipeline(DecodedPipeline):
@@ -73,18 +77,20 @@ class DaliPipeline(DecodedPipeline):
                 index, futures = batch
                 loaded = [future.result() for future in futures]
                 jpegs = [x for x in loaded if _is_encoded(x)]
-                if jpegs:
-                    self._dali.schedule(jpegs)
-                return Running(index, loaded, self._dali if jpegs else None)
+                scheduled = self._schedule(jpegs) if jpegs else None
+                return Running(index, loaded, self._dali, scheduled)
 
             def collect(batch: Running) -> tuple[Images, Tensor]:
                 return self._collect(batch, buffer)
 
-            try:
-                yield from ahead(ahead(order, read, lambda x: x, 1), schedule, collect, 1)
-            finally:
-                if not self._dali.drain():
-                    self._dali = self._build()
+            yield from ahead(ahead(order, read, lambda x: x, 1), schedule, collect, 1)
+
+    def _schedule(self, jpegs: list[Any]) -> list[Any]:
+        try:
+            return self._dali.schedule(jpegs)
+        except RuntimeError:  # it ended over a batch that an earlier epoch left behind
+            self._dali = self._build()
+            return self._dali.schedule(jpegs)
 
     def _load(self, i: int) -> Loaded:
         """Image i: its bytes for DALI, or its pixels, or why there are none."""
@@ -103,9 +109,9 @@ class DaliPipeline(DecodedPipeline):
     def _collect(self, batch: Running, buffer: Buffer) -> tuple[Images, Tensor]:
         """The readable images of a batch, laid flat on the device, and their indices."""
         decoded: list[Any] = []
-        if batch.dali is not None:
+        if batch.decoded is not None:
             try:
-                decoded = batch.dali.collect()
+                decoded = batch.dali.collect(batch.decoded)
             except RuntimeError:  # one bad image ends a DALI pipeline, and what was scheduled in it
                 if batch.dali is self._dali:
                     self._dali = self._build()
@@ -171,30 +177,30 @@ class _Dali:
                 )
             )
         self._pipe.build()
-        self._scheduled = 0
-        self._lent: Any = None  # the memory of what `collect` returned
+        self._running: deque[list[Any]] = deque()  # what was scheduled and not yet collected
 
-    def schedule(self, data: list[Any]) -> None:
-        """Begin to decode these images."""
+    def schedule(self, data: list[Any]) -> list[Any]:
+        """Begin to decode these images; what comes back is for `collect`."""
+        while len(self._running) >= MOST_RUNNING:  # left behind by epochs that were not finished
+            self._receive()
         self._pipe.feed_input("data", data)
         self._pipe.schedule_run()
-        self._scheduled += 1
+        self._running.append([])
+        return self._running[-1]
 
-    def collect(self) -> list[Any]:
-        """The oldest batch: (H, W, 3) arrays valid until the next call, or tensors on the GPU."""
-        self._scheduled -= 1
+    def collect(self, scheduled: list[Any]) -> list[Any]:
+        """(H, W, 3) arrays, valid as long as `scheduled` is, or tensors on the GPU. RuntimeError
+        where DALI cannot decode one of them, or of those before; this pipeline has then ended."""
+        while not scheduled:
+            self._receive()
+        (images,) = scheduled
+        cuda = self._device.type == "cuda"
+        return [torch.from_dlpack(x) if cuda else np.asarray(x) for x in images]
+
+    def _receive(self) -> None:
+        """Hand the oldest batch to those who scheduled it."""
         cuda = self._device.type == "cuda"
         stream = torch.cuda.current_stream(self._device) if cuda else None
-        (self._lent,) = self._pipe.share_outputs(cuda_stream=stream)
+        oldest = self._running.popleft()
+        oldest.extend(self._pipe.share_outputs(cuda_stream=stream))
         self._pipe.release_outputs()
-        count = range(len(self._lent))
-        return [torch.from_dlpack(self._lent[i]) if cuda else self._lent.at(i) for i in count]
-
-    def drain(self) -> bool:
-        """Wait for what was scheduled and drop it; False where that fails, and DALI with it."""
-        try:
-            while self._scheduled:
-                self.collect()
-        except RuntimeError:
-            return False
-        return True

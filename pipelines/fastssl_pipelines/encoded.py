@@ -183,6 +183,15 @@ def decode(data: Bytes, *, oriented: bool = False, smallest: int = SMALLEST) -> 
     return pixels
 
 
+def exif_orientation(data: Bytes) -> int:
+    """1 (upright) to 8, as EXIF counts; 1 where there is no such tag."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(data.tobytes())) as image:
+        value = image.getexif().get(ORIENTATION, 1)
+    return value if value in range(1, 9) else 1
+
+
 def require_side(height: int, width: int, smallest: int) -> None:
     """UnreadableError for an image too small for its views."""
     if min(height, width) < smallest:

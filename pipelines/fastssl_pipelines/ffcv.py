@@ -9,8 +9,10 @@ Shapes: N batch, M data set, H and W pixels.
 
 import os
 import warnings
-from collections.abc import Generator
+import weakref
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -169,7 +171,8 @@ class Beton:
         self.row = torch.arange(len(start))
         if number is not None and np.array_equal(np.sort(number), np.arange(len(number))):
             self.row = torch.from_numpy(number.astype(np.int64)).argsort()
-        self._file = open(self.path, "rb")  # as long as the pipeline is there
+        self._file = os.open(self.path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._file)
         self._mapped = np.memmap(self.path, np.uint8, "r") if os_cache else None
 
     def __len__(self) -> int:
@@ -180,8 +183,8 @@ class Beton:
         start, length = self._start[row], self._length[row]
         if self._mapped is not None:
             return self._mapped[start : start + length]
-        data = os.pread(self._file.fileno(), length, start)
-        os.posix_fadvise(self._file.fileno(), start, length, os.POSIX_FADV_DONTNEED)
+        data = os.pread(self._file, length, start)
+        os.posix_fadvise(self._file, start, length, os.POSIX_FADV_DONTNEED)
         return np.frombuffer(data, np.uint8)
 
     def decode(self, row: int, shrink: int, out: Bytes, smallest: int = SMALLEST) -> str:
@@ -203,11 +206,25 @@ class Beton:
         )
 
 
+@contextmanager
+def importing_ffcv() -> Iterator[None]:
+    """Import from ffcv in here: quiet about distutils, and with the fix where it is missing."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The distutils package", DeprecationWarning)
+        try:
+            yield
+        except ModuleNotFoundError as error:
+            raise ImportError(
+                f"FFCV cannot be imported ({error}): pip install 'fastssl-torch[ffcv]'; where "
+                "distutils is missing (Python 3.12 dropped it), pip install setuptools"
+            ) from error
+
+
 def _existing(source: Any) -> Path:
     path = Path(source).expanduser() if isinstance(source, str | os.PathLike) else None
     if path is None or path.suffix != ".beton":
         raise ValueError(
-            f"source is {source!r:.80}; engine ffcv reads .beton files: `fastssl convert` makes them"
+            f"source is {source!r:.80}; engine ffcv reads a .beton: `fastssl convert` makes one"
         )
     if not path.is_file():
         raise ValueError(f"{path} does not exist; `fastssl convert SOURCE {path}` makes it")
@@ -216,21 +233,14 @@ def _existing(source: Any) -> Path:
 
 def _open(path: Path) -> tuple[Any, Any, Any, NDArray[np.int64] | None]:
     """(FFCV's decoder, its reader of the file, the rows of the image field, the index field)."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The distutils package", DeprecationWarning)
-        try:
-            from ffcv.fields import IntField, RGBImageField
-            from ffcv.libffcv import ctypes_imdecode
-            from ffcv.reader import Reader
-        except ModuleNotFoundError as error:
-            raise ImportError(
-                f"FFCV cannot be imported ({error}): pip install 'fastssl-torch[ffcv]'; where "
-                "distutils is missing (Python 3.12 dropped it), pip install setuptools"
-            ) from error
+    with importing_ffcv():
+        from ffcv.fields import IntField, RGBImageField
+        from ffcv.libffcv import ctypes_imdecode
+        from ffcv.reader import Reader
     try:
         reader = Reader(str(path))
     except (AssertionError, ValueError, IndexError, KeyError) as error:
-        raise ValueError(f"{path} is not a .beton file of version 2 ({error})") from error
+        raise ValueError(f"{path} is not a .beton file of version 2") from error
     handlers = list(reader.handlers.items())
     images = [k for k, (_, handler) in enumerate(handlers) if isinstance(handler, RGBImageField)]
     if not images or reader.num_samples == 0:
