@@ -10,8 +10,8 @@ _DIGITS = Config(
     image_size=16,
     backbone="fastnet",
     batch_size=128,
-    epochs=60,
-    warmup_epochs=5,
+    epochs=20,
+    warmup_epochs=3,
     lr=3e-3,
     weight_decay=0.05,
     projector_width=256,
@@ -30,6 +30,19 @@ _CIFAR10 = Config(
     projector_layers=3,
 )
 
+_CPU_PHOTOS = Config(
+    policy="mocov2",
+    image_size=48,
+    load_size=64,
+    backbone="fastnet",
+    batch_size=128,
+    epochs=40,
+    warmup_epochs=4,
+    lr=3e-3,
+    projector_width=512,
+    projector_layers=2,
+)
+
 RECIPES: dict[str, Config] = {
     "digits-diet": replace(_DIGITS, method="diet", views=2),
     "digits-barlow": replace(_DIGITS, method="barlow", lambd=0.02),
@@ -38,6 +51,8 @@ RECIPES: dict[str, Config] = {
     ),
     "cifar10-barlow": replace(_CIFAR10, method="barlow", lambd=0.001),
     "cifar10-vicreg": replace(_CIFAR10, method="vicreg"),
+    "barlow-cpu": replace(_CPU_PHOTOS, method="barlow", lambd=0.01),
+    "diet-cpu": replace(_CPU_PHOTOS, method="diet", views=1),
     "barlow": Config(method="barlow"),
     "diet": Config(method="diet", views=1),
     "vicreg": Config(method="vicreg"),

@@ -46,7 +46,7 @@ class StopRequest:
 
 @contextmanager
 def stop_signals() -> Iterator[StopRequest]:
-    """Handle SIGINT, SIGTERM and SIGUSR1 by one StopRequest; the old handlers come back at the end."""
+    """Handle SIGINT, SIGTERM and SIGUSR1 by one StopRequest; then bring the old handlers back."""
     request = StopRequest()
     old = {number: signal.signal(number, request.handle) for number in SIGNALS}
     try:

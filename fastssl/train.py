@@ -26,7 +26,7 @@ class NonFiniteLossError(ArithmeticError):
 
 
 def view_features(backbone: nn.Module, views: Sequence[Tensor]) -> list[Tensor]:
-    """V tensors (N, C, S, S) -> V tensors (N, F), one pass per group of adjacent equal-sized views."""
+    """V tensors (N, C, S, S) -> V tensors (N, F), one pass per group of adjacent equal sizes."""
     features: list[Tensor] = []
     for _, group in groupby(views, key=lambda view: view.shape[-1]):
         same = list(group)
@@ -93,16 +93,20 @@ def train(
                 seen += len(batch.index) * len(batch.views)
                 if step % config.log_every == 0 or step == total:  # the only sync with the device
                     values = {name: value.item() for name, value in metrics.items()}
-                    if not math.isfinite(values["loss"]):
-                        raise NonFiniteLossError(
-                            f"the loss is {values['loss']} at step {step}; try a lower --lr"
-                        )
+                    _require_finite(values["loss"], step)
                     rate = seen / (time.perf_counter() - begin)
                     log.write(step, {"epoch": epoch, **values, "lr": lr, "views_per_s": rate})
                 if clock.is_due() or stop.received or step == total:
+                    _require_finite(metrics["loss"].item(), step)
                     clock.time(save)
                 stop.check()
     return seen / max(time.perf_counter() - begin, 1e-9)
+
+
+def _require_finite(loss: float, step: int) -> None:
+    """What is not finite is neither reported nor saved."""
+    if not math.isfinite(loss):
+        raise NonFiniteLossError(f"the loss is {loss} at step {step}; try a lower --lr")
 
 
 class _SaveClock:

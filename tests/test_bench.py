@@ -11,7 +11,14 @@ import torch
 
 from bench.__main__ import timed_rows
 from bench.measure import Case, environment, measure, quartiles
-from bench.report import PROBES, accuracy_table, environment_line, plot_ratios, read_results, timing_table
+from bench.report import (
+    PROBES,
+    accuracy_table,
+    environment_line,
+    plot_ratios,
+    read_results,
+    timing_table,
+)
 
 ROOT = Path(__file__).parents[1]
 

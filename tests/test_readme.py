@@ -25,33 +25,41 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
-def test_the_tree_is_the_tree() -> None:
+def names_in_the_tree() -> list[str]:
+    """Paths that the README's tree names: one entry a line, two spaces before what it is for."""
     tree = next(block for block in blocks("text") if "pyproject.toml" in block)
-    folder, named = "", []
-    for line in tree.splitlines():
-        if not line.strip():
-            continue
-        names = line.split("  ")[0 if not line.startswith(" ") else 1].split()
-        if not line.startswith(" ") and names[0].endswith("/"):
-            folder = names[0]
-        named += [name if not line.startswith(" ") else folder + name for name in names]
-    for name in named:
+    names, folder = [], ""
+    for line in filter(str.strip, tree.splitlines()):
+        inside = line.startswith(" ")
+        entries = line.strip().split("  ")[0].split()
+        names += [folder + entry if inside else entry for entry in entries]
+        if not inside:
+            folder = entries[0]
+    return names
+
+
+def test_the_tree_is_the_tree() -> None:
+    names = names_in_the_tree()
+    for name in names:
         assert (ROOT / name).exists(), f"the README's tree names {name}, which does not exist"
-    top = {name.split("/")[0] for name in tracked()} - {".gitignore"}
-    assert top == {name.split("/")[0] for name in named if name.count("/") <= 1 and name.split("/")[0] in top}
+    top = {path.split("/")[0] for path in tracked()} - {".gitignore"}
+    assert top == {name.split("/")[0] for name in names}
+    modules = {path for path in tracked() if re.fullmatch(r"fastssl/[a-z]+[a-z_]*\.py", path)}
+    assert modules <= set(names), f"the README's tree lacks {modules - set(names)}"
 
 
 def test_the_two_commands() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for command in ("pretrain", "test"):
-        assert f"make {command}\n" in "".join(blocks("sh")) or f"make {command} " in "".join(blocks("sh"))
+        assert re.search(rf"^make {command}\b", "".join(blocks("sh")), flags=re.MULTILINE)
         assert re.search(rf"^{command}:", makefile, flags=re.MULTILINE)
     assert "make test" in (ROOT / ".ci" / "run").read_text()
     assert "fastssl train digits-diet" in makefile
 
 
 def test_commands_in_the_readme_are_commands() -> None:
-    commands = re.findall(r"^fastssl train (\S+) ?([^#\n]*)", "".join(blocks("sh")), flags=re.MULTILINE)
+    shell = "".join(blocks("sh")).replace("\\\n", " ")
+    commands = re.findall(r"^fastssl train (\S+) ?([^#\n]*)", shell, flags=re.MULTILINE)
     assert commands
     for recipe, flags in commands:
         parse_config(recipe, flags.split())
@@ -70,11 +78,10 @@ def test_the_accuracy_table_is_the_measured_one() -> None:
 def test_few_dependencies_and_pinned_versions() -> None:
     core = [re.split(r"[<>=~!\[ ]", name)[0] for name in PROJECT["dependencies"]]
     assert len(core) <= 10
-    pins = dict(
-        line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
-    )
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if "==" in line)
     assert set(core) <= set(pins)
     for name in core:
-        assert version(name).split("+")[0] == pins[name], f"{name} is not the version of constraints.txt"
+        assert version(name).split("+")[0] == pins[name], f"{name} is not the pinned one"
     assert PROJECT["name"] == "fastssl-torch"
     assert set(PROJECT["optional-dependencies"]) == {"bench", "dali", "ffcv", "test"}

@@ -1,17 +1,12 @@
 """Run folders and checkpoints: nothing is overwritten, nothing is half written, nothing hostile is
 run."""
 
-import pickle
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-from torch import nn
 
 from fastssl import run_folder
-from fastssl.backbones import build_backbone
-from fastssl.checkpoint import load_backbone, load_checkpoint, save_backbone, save_checkpoint
 from fastssl.config import Config, config_from_json, config_to_json, read_config
 from fastssl.recipes import RECIPES
 
@@ -76,45 +71,3 @@ def test_default_folders_are_numbered(tmp_path: Path) -> None:
     )
     run_folder.write_text(tmp_path / "digits" / "summary.json", "{}")
     assert run_folder.next_free(tmp_path, "digits", CONFIG) == tmp_path / "digits-2"
-
-
-def test_checkpoint_round_trip_and_failed_save(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert load_checkpoint(tmp_path, torch.device("cpu")) is None
-    save_checkpoint(tmp_path, {"epoch": 3, "x": torch.arange(4)})
-
-    def disk_full(state: object, file: object) -> None:
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(torch, "save", disk_full)
-    with pytest.raises(OSError, match="No space"):
-        save_checkpoint(tmp_path, {"epoch": 4})
-    state = load_checkpoint(tmp_path, torch.device("cpu"))
-    assert state is not None and state["epoch"] == 3 and state["x"].tolist() == [0, 1, 2, 3]
-
-
-class Hostile:
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return (pytest.fail, ("code in a checkpoint was run",))
-
-
-def test_a_hostile_checkpoint_is_refused(tmp_path: Path) -> None:
-    torch.save({"epoch": Hostile()}, tmp_path / "last.pt")
-    with pytest.raises(pickle.UnpicklingError):
-        load_checkpoint(tmp_path, torch.device("cpu"))
-
-
-def test_backbone_file(tmp_path: Path) -> None:
-    net, other = build_backbone("fastnet-4"), build_backbone("fastnet-4")
-    path = tmp_path / "backbone.safetensors"
-    with pytest.raises(FileNotFoundError, match="has not finished"):
-        load_backbone(path, net)
-    save_backbone(path, net.to(memory_format=torch.channels_last))
-    load_backbone(path, other)
-    for name, tensor in net.state_dict().items():
-        assert torch.equal(tensor, other.state_dict()[name]), name
-    with pytest.raises(ValueError, match="tensors do not fit"):
-        load_backbone(path, build_backbone("fastnet-8"))
-    with pytest.raises(ValueError, match="tensors do not fit"):
-        load_backbone(path, nn.Linear(2, 2))
