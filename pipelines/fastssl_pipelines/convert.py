@@ -84,6 +84,13 @@ def convert(
     target behind.
     """
     target = Path(target).expanduser()
+    for name, value, low, high in (
+        ("size", size, 2, 65_535),
+        ("quality", quality, 1, 100),
+        ("workers", workers, 1, 1024),
+    ):
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"{name} is {value}: it must lie in [{low}, {high}]")
     images = _open_source(source)
     kind = _kind(target, size, images)
     if target.exists():
@@ -227,8 +234,6 @@ def _converted(
             pixels = decode(data)
     except UnreadableError as error:
         return Record(name, reason=str(error)), b""
-    except OSError as error:
-        return Record(name, reason=f"the file cannot be opened: {error.strerror}"), b""
     resized = pixels if size is None else _resized(pixels, size, square=kind == "npy")
     if kind == "npy":
         stored = resized.tobytes()

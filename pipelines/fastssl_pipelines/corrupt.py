@@ -33,12 +33,11 @@ class Corrupt:
         if name in self.reasons:
             return
         self.reasons[name] = reason
+        what = f"{name} cannot be read as an image ({reason})"
         if self.on_corrupt == "stop":
-            raise CorruptDataError(f"{name}: {reason}; repair or remove it, or skip such images")
-        log.warning("left out: %s: %s", name, reason)
+            raise CorruptDataError(f"{what}; repair or remove it, or leave such images out")
         if len(self.reasons) > self.quota * self.total:
             count = f"{len(self.reasons)} of {self.total} images are unreadable"
-            raise CorruptDataError(
-                f"{count}, more than the quota of {self.quota:.2%}; the last is {name}: {reason}; "
-                "`fastssl doctor` lists them all"
-            )
+            quota = f"more than the quota of {self.quota:.2%}"
+            raise CorruptDataError(f"{what}; {count}, {quota}; `fastssl doctor` lists them all")
+        log.warning("left out: %s", what)

@@ -101,8 +101,6 @@ class DaliPipeline(DecodedPipeline):
                 return decode(data, oriented=self.oriented, smallest=self.smallest)
             require_side(*size, self.smallest)
             return data
-        except OSError as error:
-            return UnreadableError(f"the file cannot be opened: {error.strerror}")
         except UnreadableError as error:
             return error
 
@@ -155,8 +153,12 @@ class _Dali:
     """DALI's decoder: bytes in, pixels out, one batch decoding while another is in use."""
 
     def __init__(self, batch_size: int, threads: int, device: torch.device, oriented: bool) -> None:
-        from nvidia.dali import Pipeline, fn, types
-
+        try:
+            from nvidia.dali import Pipeline, fn, types
+        except ImportError as error:
+            raise ValueError(
+                f"DALI cannot be imported ({error}): pip install 'fastssl-torch[dali]'"
+            ) from error
         self._device = device
         cuda = device.type == "cuda"
         self._pipe = Pipeline(

@@ -104,8 +104,6 @@ def _examine(encoded: Encoded, i: int) -> Finding:
         height, width = decode(data).shape[:2]
     except UnreadableError as error:
         return Finding(reason=str(error))
-    except OSError as error:
-        return Finding(reason=f"the file cannot be opened: {error.strerror}")
     reader = "plain JPEGs, for every decoder" if plain_jpeg(data) else "others, read by Pillow"
     return Finding(height, width, reader, exif_orientation(data))
 

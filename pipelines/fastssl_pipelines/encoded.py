@@ -54,11 +54,19 @@ class Encoded:
         return len(self.names)
 
     def read(self, i: int) -> Bytes:
-        """The encoded bytes of image i. OSError where its file has gone."""
+        """The encoded bytes of image i. UnreadableError where its file cannot be opened any
+        more."""
         place = self._places[i]
         if isinstance(place, bytes):
             return np.frombuffer(place, np.uint8)
-        return np.fromfile(place.file, np.uint8, count=place.size, offset=place.offset)
+        try:
+            return np.fromfile(place.file, np.uint8, count=place.size, offset=place.offset)
+        except OSError as error:
+            raise UnreadableError(f"the file cannot be opened: {error.strerror}") from error
+
+    def select(self, chosen: Sequence[int]) -> "Encoded":
+        """Some of these images, numbered anew."""
+        return Encoded([self.names[i] for i in chosen], [self._places[i] for i in chosen])
 
     def class_name(self, i: int) -> str:
         """The folder that image i lies in, "" where it has none: its class, by convention."""

@@ -214,7 +214,7 @@ def importing_ffcv() -> Iterator[None]:
         try:
             yield
         except ModuleNotFoundError as error:
-            raise ImportError(
+            raise ValueError(
                 f"FFCV cannot be imported ({error}): pip install 'fastssl-torch[ffcv]'; where "
                 "distutils is missing (Python 3.12 dropped it), pip install setuptools"
             ) from error
