@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -348,13 +349,11 @@ def _pack_shards(
     folder.mkdir()
     starts = np.cumsum([0, *(record.length for record in records)])[:-1]
     shard_of = (starts // SHARD_BYTES).tolist()
-    for shard in sorted(set(shard_of)):
+    for shard, members in groupby(range(len(records)), key=lambda k: shard_of[k]):
         with tarfile.open(folder / f"{shard:06d}.tar", "w") as tar:
-            for k, record in enumerate(records):
-                if shard_of[k] != shard:
-                    continue
-                stored = data[record.offset : record.offset + record.length].tobytes()
-                _add(tar, f"{k:08d}.jpg", stored)
+            for k in members:
+                start = records[k].offset
+                _add(tar, f"{k:08d}.jpg", data[start : start + records[k].length].tobytes())
                 if labels is not None:
                     _add(tar, f"{k:08d}.cls", str(labels[k]).encode())
     return folder

@@ -39,5 +39,6 @@ class Corrupt:
         if len(self.reasons) > self.quota * self.total:
             count = f"{len(self.reasons)} of {self.total} images are unreadable"
             quota = f"more than the quota of {self.quota:.2%}"
-            raise CorruptDataError(f"{what}; {count}, {quota}; `fastssl doctor` lists them all")
+            remedy = "repair or remove it, and what else `fastssl doctor` lists"
+            raise CorruptDataError(f"{what}; {count}, {quota}; {remedy}")
         log.warning("left out: %s", what)

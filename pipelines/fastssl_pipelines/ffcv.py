@@ -158,11 +158,11 @@ class Beton:
         self.path = _existing(source)
         imdecode, reader, image, number = _open(self.path)
         self._imdecode = imdecode
-        start = image["data_ptr"].astype(np.int64)
         table = np.sort(reader.alloc_table, order="ptr")
-        length = table["size"][np.searchsorted(table["ptr"], image["data_ptr"])].astype(np.int64)
-        if (start + length).max() > self.path.stat().st_size:
+        if not np.isin(image["data_ptr"], table["ptr"]).all():
             raise ValueError(f"{self.path} breaks off: copy or convert it again")
+        start = image["data_ptr"].astype(np.int64)
+        length = table["size"][np.searchsorted(table["ptr"], image["data_ptr"])]
         self._start, self._length = start.tolist(), length.tolist()
         size = np.stack([image["height"], image["width"]], axis=1).astype(np.int64)
         self.size = torch.from_numpy(size)
@@ -240,7 +240,7 @@ def _open(path: Path) -> tuple[Any, Any, Any, NDArray[np.int64] | None]:
     try:
         reader = Reader(str(path))
     except (AssertionError, ValueError, IndexError, KeyError) as error:
-        raise ValueError(f"{path} is not a .beton file of version 2") from error
+        raise ValueError(f"{path} is no .beton file of version 2, or breaks off") from error
     handlers = list(reader.handlers.items())
     images = [k for k, (_, handler) in enumerate(handlers) if isinstance(handler, RGBImageField)]
     if not images or reader.num_samples == 0:
