@@ -27,12 +27,17 @@ USAGE = """usage: fastssl COMMAND ...
                                    pretrain, evaluate, print the table
   fastssl train RECIPE --help      every knob, with the recipe's value
   fastssl eval RUN                 repeat a run's evaluation from its folder
+  fastssl views RECIPE [--data PATH] [--out FILE.png] [--knob value ...]
+                                   draw images, their views and what was drawn for each
   fastssl recipes                  list the recipes
   fastssl convert SOURCE TARGET [--size S] [--quality Q] [--workers N]
                                    images to .npy, .beton or tar shards; goes on where it stopped
   fastssl doctor --data PATH [--workers N]
                                    decode every image and say what training would meet
 """
+
+
+SHEET_ROWS, SHEET_VIEWS = 4, 8  # of a contact sheet
 
 
 class UsageError(ValueError):
@@ -50,6 +55,7 @@ def run(arguments: list[str]) -> int:
     commands = {
         "train": _train,
         "eval": _eval,
+        "views": _views,
         "recipes": _recipes,
         "convert": _convert,
         "doctor": _doctor,
@@ -102,6 +108,28 @@ def _eval(arguments: list[str]) -> None:
         for row, row_cells in table.items()
     }
     print_accuracy(Console(), cells, rank)
+
+
+def _views(arguments: list[str]) -> None:
+    if not arguments or arguments[0].startswith("-"):
+        raise UsageError(f"fastssl views needs a recipe first; there are {', '.join(RECIPES)}")
+    recipe, *flags = arguments
+    out = "views.png"
+    if "--out" in flags:
+        at = flags.index("--out")
+        if at + 1 == len(flags):
+            raise UsageError("--out needs the name of a PNG file")
+        out = flags[at + 1]
+        del flags[at : at + 2]
+    config = parse_config(recipe, flags)
+    from fastssl.contact_sheet import draw_contact_sheet
+    from fastssl.data import load_images
+    from fastssl.pretrain import build_views
+
+    images = load_images(config.data, "train", size=config.load_size, holdout=config.holdout)
+    chosen = images[:: max(1, len(images) // SHEET_ROWS)][:SHEET_ROWS]
+    draw_contact_sheet(chosen, build_views(config)[:SHEET_VIEWS], config.seed, out)
+    Console().print(f"{out}: {len(chosen)} images and their views", highlight=False)
 
 
 def _recipes(arguments: list[str]) -> None:

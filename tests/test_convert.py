@@ -16,6 +16,9 @@ from fastssl_pipelines.convert import convert
 from fastssl_pipelines.corrupt import CorruptDataError
 from fastssl_pipelines.encoded import decode, open_encoded
 from fastssl_pipelines.ffcv import Beton
+from tests.libraries import needs
+
+pytestmark = needs("ffcv")
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,9 @@ from fastssl_pipelines.convert import convert
 from fastssl_pipelines.corrupt import Corrupt, CorruptDataError
 from fastssl_pipelines.doctor import diagnose
 from fastssl_pipelines.encoded import UnreadableError, decode, open_encoded, plain_jpeg
+from tests.libraries import needs
+
+pytestmark = needs("ffcv", "nvidia.dali")
 
 VIEWS = (View(size=16), View(size=8, jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=1.0))
 READ: dict[str, tuple[int, int]] = {  # height, width

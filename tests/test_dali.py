@@ -11,6 +11,9 @@ import torch
 
 from fastssl_pipelines import Pipeline, View, open_pipeline
 from fastssl_pipelines.encoded import decode, open_encoded, plain_jpeg
+from tests.libraries import needs
+
+pytestmark = needs("nvidia.dali")
 
 VIEWS = (View(size=16), View(size=16, blur=0.5))
 

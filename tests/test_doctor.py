@@ -8,6 +8,9 @@ import pytest
 from fastssl.cli import run
 from fastssl_pipelines.convert import convert
 from fastssl_pipelines.doctor import diagnose
+from tests.libraries import needs
+
+pytestmark = needs("ffcv")
 
 
 def test_a_healthy_tar(data: Path) -> None:

@@ -15,8 +15,13 @@ from fastssl_pipelines import Pipeline, View, choose_engine, open_pipeline, poli
 from fastssl_pipelines.augment import as_images, views_of
 from fastssl_pipelines.convert import convert
 from fastssl_pipelines.encoded import decode, open_encoded
+from tests.libraries import needs
 
-ENGINES = ("resident", "dali", "ffcv")
+ENGINES = (
+    "resident",
+    pytest.param("dali", marks=needs("nvidia.dali")),
+    pytest.param("ffcv", marks=needs("ffcv")),
+)
 COUNT, BATCH = 30, 7
 VIEWS = (*policies.simclr(2, 24), View(size=17, interpolation="bicubic", erase=0.5))
 Open = Callable[..., Pipeline]

@@ -12,6 +12,9 @@ from PIL import Image
 from fastssl_pipelines import View, open_pipeline
 from fastssl_pipelines.convert import convert
 from fastssl_pipelines.ffcv import Beton, FfcvPipeline, importing_ffcv
+from tests.libraries import needs
+
+pytestmark = needs("ffcv")
 
 VIEWS = (View(size=16), View(size=12, jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8))
 

@@ -31,6 +31,11 @@ def group_name(group: Any, op: str) -> str:
     return group.group_name
 
 
+def local_rows(group: Any) -> int:
+    """The fewest rows that one process may pass: a whole batch has 2, a shard 1."""
+    return 2 if group is None else 1
+
+
 def _resolve(name: str) -> Any:
     resolve: Any = dist.distributed_c10d._resolve_process_group
     return resolve(name)
@@ -52,6 +57,8 @@ def row_counts(z: Tensor, name: str) -> list[int]:
         raise ValueError(
             f"ranks hold views of shapes {found}; only the batch (V, n, D)[1] may differ"
         )
+    if sum(rows for _, rows, _ in found) < 2:
+        raise ValueError(f"ranks hold views of shapes {found}; wanted a batch of N >= 2 rows")
     return [rows for _, rows, _ in found]
 
 

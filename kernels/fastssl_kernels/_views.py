@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 
-def stack_views(views: Tensor | Sequence[Tensor], name: str, at_least: int = 2) -> Tensor:
-    """`views` as one floating tensor (V, N, D), V >= at_least, N >= 2; ValueError says why not."""
+def stack_views(
+    views: Tensor | Sequence[Tensor], name: str, at_least: int = 2, rows: int = 2
+) -> Tensor:
+    """`views` as one floating tensor (V, N, D), V >= at_least, N >= rows; else ValueError."""
     if not isinstance(views, Tensor):
         tensors = list(views)
         shapes = [tuple(t.shape) for t in tensors]
@@ -25,10 +27,10 @@ def stack_views(views: Tensor | Sequence[Tensor], name: str, at_least: int = 2) 
         if len(tensors) < at_least:
             raise ValueError(f"{name}: got {len(tensors)} views; it takes at least {at_least}")
         views = torch.stack(tensors)
-    if views.ndim != 3 or views.shape[0] < at_least or views.shape[1] < 2 or views.shape[2] < 1:
+    if views.ndim != 3 or views.shape[0] < at_least or views.shape[1] < rows or views.shape[2] < 1:
         raise ValueError(
             f"{name}: views have shape {tuple(views.shape)}; "
-            f"wanted (V, N, D) with V >= {at_least}, N >= 2, D >= 1"
+            f"wanted (V, N, D) with V >= {at_least}, N >= {rows}, D >= 1"
         )
     if not views.is_floating_point():
         raise ValueError(f"{name}: views are {views.dtype}; wanted a floating-point dtype")

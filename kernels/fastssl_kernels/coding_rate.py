@@ -19,6 +19,7 @@ from fastssl_kernels._group import (
     gather_batch,
     gather_rows,
     group_name,
+    local_rows,
     own_start,
     row_counts,
     sum_ranks,
@@ -56,7 +57,7 @@ def coding_rate(
     mixed devices, eps_sq <= 0, an unknown path, a foreign group.
     """
     name = "coding_rate"
-    z = stack_views(views, name, at_least=1)
+    z = stack_views(views, name, at_least=1, rows=local_rows(group))
     check_path(path, name)
     if not eps_sq > 0:
         raise ValueError(f"{name}: eps_sq is {eps_sq}; it must be positive")

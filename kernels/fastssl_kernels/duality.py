@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastssl_kernels._columns import accumulation_dtype
-from fastssl_kernels._group import gather_batch, group_name
+from fastssl_kernels._group import gather_batch, group_name, local_rows
 from fastssl_kernels._views import stack_views
 from fastssl_kernels.gram import Path, second_moment_energy
 from fastssl_kernels.vicreg import invariance, variance
@@ -30,7 +30,8 @@ def dimension_contrastive_loss(
 
     Arguments, dtypes and errors as in `second_moment_energy`; arXiv:2206.02574, eq. 9.
     """
-    z = stack_views(views, "dimension_contrastive_loss", at_least=1)
+    name = "dimension_contrastive_loss"
+    z = stack_views(views, name, at_least=1, rows=local_rows(group))
     return second_moment_energy(z, pairs=False, diagonal=False, path=path, group=group) / len(z)
 
 
@@ -43,7 +44,7 @@ def sample_contrastive_loss(
     Arguments, dtypes and errors as in `second_moment_energy`; arXiv:2206.02574, eq. 8.
     """
     name = "sample_contrastive_loss"
-    z = stack_views(views, name, at_least=1)
+    z = stack_views(views, name, at_least=1, rows=local_rows(group))
     batch = gather_batch(z, group_name(group, name))
     if batch.shape[2] == 1:  # second_moment_energy wants two rows; a zero column changes no product
         batch = torch.nn.functional.pad(batch, (0, 1))
@@ -101,7 +102,7 @@ def _whole_batch(
     views: Tensor | Sequence[Tensor], temperature: float, group: Any, name: str
 ) -> list[Tensor]:
     """The checked views of all ranks, V x (N, D), float32 or float64."""
-    z = stack_views(views, name)
+    z = stack_views(views, name, rows=local_rows(group))
     if not temperature > 0:
         raise ValueError(f"{name}: temperature is {temperature}; it must be positive")
     return list(gather_batch(z.to(accumulation_dtype(z)), group_name(group, name)))
