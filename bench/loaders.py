@@ -155,7 +155,7 @@ def kornia(images: np.ndarray, views: Sequence[View], batch_size: int, device: s
 def dali(images: np.ndarray, views: Sequence[View], batch_size: int, device: str = "cpu") -> Call:
     """DALI's operators, on a CPU without a driver; its hue is linear, its contrast centre constant.
 
-    On a GPU the bytes are uploaded batch by batch; nothing is decoded.
+    On a GPU the bytes are uploaded batch by batch; nothing is decoded. It has no bfloat16: float16.
     """
     from nvidia.dali import fn, pipeline_def, types
 

@@ -21,6 +21,9 @@ from fastssl_pipelines.augment import as_images, reference, views_of
 # name: (policy, images, batch, height, width)
 Setting = tuple[tuple[View, ...], int, int, int, int]
 _SIMCLR = tuple(replace(view, interpolation="bilinear") for view in policies.simclr())
+_EMP_SSL = tuple(  # its patches of 16 px, in words that the peers have too
+    replace(view, patch=None, scale=(0.25, 0.25), ratio=(1.0, 1.0)) for view in policies.emp_ssl(20)
+)
 CPU_SETTINGS: dict[str, Setting] = {
     "SimCLR-CIFAR 2x32": (policies.simclr_cifar(), 1024, 256, 32, 32),
     "SimCLR 2x224 with blur": (_SIMCLR, 64, 32, 256, 341),
@@ -29,7 +32,7 @@ GPU_SETTINGS: dict[str, Setting] = {
     "SimCLR-CIFAR 2x32": (policies.simclr_cifar(), 1024, 1024, 32, 32),
     "SimCLR 2x224 with blur": (_SIMCLR, 256, 256, 256, 341),
     "DINO 2x224 + 8x96": (policies.dino(), 64, 64, 375, 500),
-    "EMP-SSL 20x32": (policies.emp_ssl(20), 256, 256, 32, 32),
+    "EMP-SSL 20x32": (_EMP_SSL, 256, 256, 32, 32),
 }
 
 

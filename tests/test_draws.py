@@ -1,4 +1,4 @@
-"""Each drawn parameter has torchvision's distribution; three compilers draw the same bits."""
+"""Each drawn parameter has torchvision's distribution, and depends on what names it alone."""
 
 import math
 from dataclasses import replace
@@ -10,7 +10,7 @@ from numpy.random import default_rng
 from scipy import stats
 from torchvision.transforms import v2
 
-from fastssl_pipelines.augment import Params, cpu, cuda, draw, reference
+from fastssl_pipelines.augment import Params, draw
 from fastssl_pipelines.spec import View
 
 MANY = 1_000_000
@@ -190,20 +190,6 @@ def test_parameters_are_independent(params):
     names += ["solarize", "erase_height"]
     r = np.corrcoef(np.stack([params[n].numpy() for n in names])) - np.eye(len(names))
     assert np.abs(r).max() < 5 / math.sqrt(MANY)
-
-
-def test_three_compilers_draw_the_same_bits(device):
-    rng = default_rng(0)
-    count = 300
-    index = torch.tensor(rng.integers(0, 2**40, count))
-    sizes = torch.tensor(rng.integers(2, 3000, (count, 2)))
-    place = torch.cat([torch.zeros(count, 1, dtype=torch.int64), sizes], 1)
-    views = (ALL, replace(ALL, scale=(0.5, 1.0), ratio=(1.0, 3.0), size=96), replace(ALL, patch=2))
-    args = (views, 2**32 - 1, 12345)
-    truth = reference.draw(*args, index, place, 4)
-    assert torch.equal(cpu.draw(*args, index, place, 4), truth)
-    triton = cuda.draw(*args, index.to(device), place.to(device), 4)
-    assert torch.equal(triton.cpu(), truth)
 
 
 def test_a_view_depends_on_nothing_but_its_name():

@@ -180,6 +180,12 @@ def test_bad_input_is_refused_before_the_first_batch(change, words):
         resident(**settings)
 
 
+@pytest.mark.parametrize(("epoch", "skip"), [(-1, 0), (2**32, 0), (0, -1), (0, 11)])
+def test_epochs_and_batches_that_there_are_not(epoch, skip):
+    with pytest.raises(ValueError, match="epoch is"):
+        resident().epoch(epoch, skip=skip)
+
+
 def test_more_data_than_memory_says_how_much(monkeypatch):
     monkeypatch.setattr(images_file, "free_bytes", lambda device: 100)
     with pytest.raises(ValueError, match=r"need .* GiB.*engine that reads from disk"):

@@ -26,6 +26,7 @@ BAD = [
     {"jitter": (0.1, 0.0, 0.0, 0.6)},
     {"interpolation": "nearest"},
     {"std": (1.0, 0.0, 1.0)},
+    {"mean": (0.5,)},
     {"dtype": torch.uint8},
 ]
 

@@ -48,6 +48,10 @@ class ResidentPipeline:
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
         """Batches `skip` to the last of epoch `epoch`, each rendered while its predecessor is in
         use."""
+        if not 0 <= epoch < 2**32 or not 0 <= skip <= len(self):
+            raise ValueError(
+                f"epoch is {epoch}, skip is {skip}: give 0 to 2^32 and 0 to {len(self)}"
+            )
         order = self.order(epoch)[skip:]
         ahead = self._on_stream if self.images.flat.is_cuda else self._on_thread
         return ahead(order, epoch)
@@ -88,6 +92,7 @@ class ResidentPipeline:
         """A side stream renders the next batch while the current stream uses this one."""
         side = torch.cuda.Stream(self.images.flat.device)
         side.wait_stream(torch.cuda.current_stream(side.device))  # `order` comes from there
+        order.record_stream(side)
         pending: deque[tuple[Batch, torch.cuda.Event]] = deque()
         for index in order:
             with torch.cuda.stream(side):

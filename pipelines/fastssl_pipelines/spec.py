@@ -72,7 +72,7 @@ class View:
             raise ValueError(
                 f"View.erase_scale is {self.erase_scale}: at most the whole view (1.0)"
             )
-        if any(strength < 0 for strength in self.jitter) or self.jitter[3] > 0.5:
+        if not all(strength >= 0 for strength in self.jitter) or self.jitter[3] > 0.5:
             raise ValueError(
                 f"View.jitter is {self.jitter}: strengths are >= 0, and hue at most 0.5"
             )
@@ -80,7 +80,11 @@ class View:
             raise ValueError(
                 f"View.interpolation is {self.interpolation!r}: 'bilinear' or 'bicubic'"
             )
-        if any(s <= 0 for s in self.std):
+        if len(self.mean) != 3 or len(self.std) != 3:
+            raise ValueError(
+                f"View.mean is {self.mean}, View.std is {self.std}: give 3 numbers each"
+            )
+        if not all(s > 0 for s in self.std):
             raise ValueError(f"View.std is {self.std}: standard deviations must be positive")
         if self.dtype not in DTYPES:
             raise ValueError(f"View.dtype is {self.dtype}: choose one of {DTYPES}")

@@ -4,6 +4,8 @@ Shapes: N batch, C channels, S pixels per side, V views. Images are uint8 RGB of
 """
 
 from collections.abc import Sequence
+from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from itertools import groupby
 from types import ModuleType
@@ -33,8 +35,11 @@ def draw(
     """The parameters of view `view_number` of images `index` (N,) int64 of these sizes, on its
     device.
 
-    They depend on the arguments alone, and are the same bits on every device.
+    They depend on the arguments alone, and are the same bits on every device. seed, epoch: below
+    2^32.
     """
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed is {seed}: it must lie in [0, 2^32)")
     sizes = (torch.as_tensor(x, device=index.device).expand(len(index)) for x in (height, width))
     place = torch.stack([torch.zeros_like(index), *sizes], dim=1)
     return Params(_back_end(index).draw((view,), seed, epoch, index, place, view_number)[0])
@@ -80,14 +85,12 @@ def _look(view: View) -> tuple[object, ...]:
 
 def _back_end(tensor: Tensor) -> ModuleType:
     """Triton for tensors on a GPU; on the CPU numba, or plain torch where numba is missing."""
-    from fastssl_pipelines.augment import reference
+    return _load_back_end(tensor.device.type)
 
-    if tensor.is_cuda:
-        from fastssl_pipelines.augment import cuda
 
-        return cuda
-    if find_spec("numba") is None:
-        return reference
-    from fastssl_pipelines.augment import cpu
-
-    return cpu
+@cache
+def _load_back_end(device_type: str) -> ModuleType:
+    if device_type == "cuda":
+        return import_module("fastssl_pipelines.augment.cuda")
+    name = "cpu" if find_spec("numba") else "reference"
+    return import_module(f"fastssl_pipelines.augment.{name}")

@@ -44,12 +44,15 @@ fast = numba.njit(nogil=True, error_model="numpy", fastmath=RELAXED)
 def _on_disk(function: Callable[..., None]) -> Any:
     """`function`, compiled once per machine: in __pycache__, else in the user's cache folder.
 
-    numba looks for changes in this file alone, so the name of the cached file carries the formulas'
-    digest.
+    numba looks for changes in this file alone, so the cached file's name has the formulas' digest.
+    Where no folder can be written, each process compiles for itself.
     """
     formulas = (Path(str(m.__file__)).read_bytes() for m in (randomness, draws, pixels))
     function.__qualname__ += "-" + hashlib.sha256(b"".join(formulas)).hexdigest()[:16]
-    return numba.njit(nogil=True, error_model="numpy", cache=True)(function)
+    try:
+        return numba.njit(nogil=True, error_model="numpy", cache=True)(function)
+    except RuntimeError:  # numba found no place for its cache
+        return exact(function)
 
 
 @exact
@@ -102,8 +105,7 @@ def _taps(longest, size, bicubic):
 
 @fast
 def _fill_taps(length, bicubic, flip, gain, first, count, weight):
-    """Which of `length` pixels make each of S, and how much: first (S,), count (S,), weight (S,
-    K)."""
+    """Fill `_taps`: which of `length` pixels make each of S pixels, and how much."""
     size = len(first)
     scale = np.float32(length) / np.float32(size)
     stretch = max(scale, ONE)  # antialias
@@ -127,17 +129,17 @@ def _fill_taps(length, bicubic, flip, gain, first, count, weight):
 
 @fast
 def _resample(source, stride, height, width, size, taps_y, taps_x, line, planes):
-    """Crop, resize, flip into planes (3, S * S); `source` starts at the crop, its rows are `stride`
-    bytes."""
+    """Crop, resize, flip into planes (3, S * S). `source` starts at the crop; rows are `stride`
+    apart."""
     first_y, count_y, weight_y = taps_y
     first_x, count_x, weight_x = taps_x
     for y in range(size):
         line[: 3 * width] = ZERO
         for k in range(count_y[y]):
             w = weight_y[y, k]
-            bytes_ = source[(first_y[y] + k) * stride :]
+            values = source[(first_y[y] + k) * stride :]
             for i in range(3 * width):
-                line[i] += w * np.float32(bytes_[i])
+                line[i] += w * np.float32(values[i])
         for x in range(size):
             r = g = b = ZERO
             i = 3 * first_x[x]
@@ -153,8 +155,7 @@ def _resample(source, stride, height, width, size, taps_y, taps_x, line, planes)
 
 @fast
 def _jitter(planes, row):
-    """The colour steps in this view's order, one loop each: a step known to the compiler
-    vectorises."""
+    """The colour steps in this view's order; one loop each, so that each is vectorised."""
     r, g, b = planes[0], planes[1], planes[2]
     for slot in range(STEP0, STEP3 + 1):
         step = row[slot]
@@ -247,25 +248,33 @@ def _store(planes, row, numbers, last, size, out):
                 out[3 * i + c if last else c * size * size + i] = ZERO
 
 
-def _draw_range(lo, hi, table, index, place, view, seed, epoch, numbers):
-    for n in range(lo, hi):
-        h, w = np.float64(place[n, 1]), np.float64(place[n, 2])
-        draw_view(table[n], index[n], view, seed, epoch, h, w, numbers)
+def _draw_range(low, high, table, index, place, first, seed, epoch, numbers):
+    """Rows [low, high) of table (V * N, columns); index (N,), place (N, 3), numbers (V, ...)."""
+    for slot in range(low, high):
+        v, n = slot // len(index), slot % len(index)
+        height, width = np.float64(place[n, 1]), np.float64(place[n, 2])
+        draw_view(table[slot], index[n], first + v, seed, epoch, height, width, numbers[v])
 
 
-def _render_range(lo, hi, flat, place, table, affine, colors, size, bicubic, last, numbers, out):
+def _render_range(
+    low, high, flat, place, table, affine, colors, size, bicubic, last, numbers, out
+):  # fmt: skip
+    """Rows [low, high) of out (G * N, 3 * S * S) from those of table (G * N, columns)."""
     longest_y, longest_x = 1, 1
-    for n in range(lo, hi):
-        longest_y = max(longest_y, int(table[n, HEIGHT]))
-        longest_x = max(longest_x, int(table[n, WIDTH]))
+    for slot in range(low, high):
+        longest_y = max(longest_y, int(table[slot, HEIGHT]))
+        longest_x = max(longest_x, int(table[slot, WIDTH]))
     taps_y = _taps(longest_y, size, bicubic)
     taps_x = _taps(longest_x, size, bicubic)
     line = np.empty(3 * longest_x, np.float32)
     planes = np.empty((3, size * size), np.float32)
     weight = np.empty(size, np.float32)
     rows = np.empty((size, size), np.float32)
-    for n in range(lo, hi):
-        row = to_fixed_tuple(table[n], COUNT)  # by value: nothing it says can change inside a loop
+    for slot in range(low, high):
+        n = slot % len(place)
+        row = to_fixed_tuple(
+            table[slot], COUNT
+        )  # by value: nothing it says can change inside a loop
         height, width = int(row[HEIGHT]), int(row[WIDTH])
         stride = 3 * place[n, 2]
         source = flat[place[n, 0] + int(row[TOP]) * stride + 3 * int(row[LEFT]) :]
@@ -273,14 +282,14 @@ def _render_range(lo, hi, flat, place, table, affine, colors, size, bicubic, las
         _fill_taps(width, bicubic, row[FLIP] > 0, ONE, *taps_x)
         _resample(source, stride, height, width, size, taps_y, taps_x, line, planes)
         if affine:
-            _recolor(planes, to_fixed_tuple(colors[n], 12))
+            _recolor(planes, to_fixed_tuple(colors[slot], 12))
         else:
             _jitter(planes, row)
         _tone(planes, row)
         if row[SIGMA] > 0:
             for c in range(3):
                 _blur(planes[c].reshape(size, size), row[SIGMA], weight, rows)
-        _store(planes, row, numbers, last, size, out[n])
+        _store(planes, row, numbers, last, size, out[slot])
 
 
 _draw_range = _on_disk(_draw_range)
@@ -291,47 +300,46 @@ def draw(
     views: Sequence[View], seed: int, epoch: int | Tensor, index: Tensor, place: Tensor, first: int
 ) -> Tensor:
     """`reference.draw`, bit for bit. -> (V, N, columns)"""
-    table = torch.empty(len(views), len(index), len(draws.COLUMNS))
-    for v, view in enumerate(views):
-        numbers = np.array(draws.view_numbers(view))
-        rows, labels, places = table[v].numpy(), index.numpy(), place.contiguous().numpy()
-        key = (first + v, seed, int(epoch))
-        _in_chunks(_draw_range, len(index), rows, labels, places, *key, numbers)
+    columns = len(draws.COLUMNS)
+    table = torch.empty(len(views), len(index), columns)
+    numbers = np.array([draws.view_numbers(view) for view in views])
+    arguments = (table.view(-1, columns), index.contiguous(), place.contiguous())
+    _in_chunks(_draw_range, len(views) * len(index), arguments, first, seed, int(epoch), numbers)
     return table
 
 
 def render(images: Images, table: Tensor, view: View, quality: str) -> Tensor:
     """`reference.render`, within 1/255. -> (G, N, 3, S, S)"""
-    groups, count, _ = table.shape
+    groups, count, columns = table.shape
     size, last = view.size, view.channels_last
     out = torch.empty((groups, count, size, size, 3) if last else (groups, count, 3, size, size))
     affine = quality == "affine"
-    colors = color_maps(table) if affine else table.new_empty(groups, 0, 12)
-    for group in range(groups):
-        _in_chunks(
-            _render_range,
-            count,
-            images.flat.numpy(),
-            images.place.contiguous().numpy(),
-            table[group].numpy(),
-            affine,
-            colors[group].numpy(),
-            size,
-            view.interpolation == "bicubic",
-            last,
-            np.array(draws.view_numbers(view)),
-            out[group].view(count, -1).numpy(),
-        )
+    rows = table.reshape(-1, columns)
+    colors = color_maps(rows) if affine else rows[:0, :12]
+    _in_chunks(
+        _render_range,
+        groups * count,
+        (images.flat, images.place.contiguous(), rows),
+        affine,
+        colors.contiguous().numpy(),
+        size,
+        view.interpolation == "bicubic",
+        last,
+        np.array(draws.view_numbers(view)),
+        out.view(groups * count, 3 * size * size).numpy(),
+    )
     return (out.movedim(-1, 2) if last else out).to(view.dtype)
 
 
-def _in_chunks(kernel: Any, count: int, *arguments: Any) -> None:
-    """kernel(low, high, *arguments) over `count` samples, on as many threads as torch uses."""
+def _in_chunks(kernel: Any, count: int, tensors: tuple[Tensor, ...], *arguments: Any) -> None:
+    """kernel(low, high, *tensors, *arguments) over `count` rows, on as many threads as torch
+    uses."""
     threads = torch.get_num_threads()
-    chunks = min(count, threads * CHUNKS_PER_THREAD)
-    pool = _threads(os.getpid(), threads)
+    chunks = max(1, min(count, threads * CHUNKS_PER_THREAD))
     bounds = [count * i // chunks for i in range(chunks + 1)]
-    work = [pool.submit(kernel, *span, *arguments) for span in pairwise(bounds)]
+    shared: tuple[Any, ...] = (*(tensor.numpy() for tensor in tensors), *arguments)
+    pool = _threads(os.getpid(), threads)
+    work = [pool.submit(kernel, low, high, *shared) for low, high in pairwise(bounds)]
     for chunk in work:
         chunk.result()
 

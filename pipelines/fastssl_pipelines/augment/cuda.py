@@ -72,6 +72,21 @@ def _where(condition, x, y):
 
 
 @triton.jit
+def _larger(x, y):
+    return tl.maximum(x, y)
+
+
+@triton.jit
+def _smaller(x, y):
+    return tl.minimum(x, y)
+
+
+@triton.jit
+def _magnitude(x):
+    return tl.abs(x)
+
+
+@triton.jit
 def _get(row, column):
     return tl.load(row + column)
 
@@ -86,6 +101,9 @@ _primitives = {
     "sqrt": _sqrt,
     "floor": _floor,
     "where": _where,
+    "larger": _larger,  # one instruction each, where `where` takes two
+    "smaller": _smaller,
+    "magnitude": _magnitude,
     "get": _get,
 }
 
@@ -139,7 +157,8 @@ def _reach(start, stop, length, SIZE: tl.constexpr, CUBIC: tl.constexpr):
 def _weights(output, source, length, SIZE: tl.constexpr, CUBIC: tl.constexpr):
     """Weights, not normalised, of source pixels (W,) in output pixels (B,). -> (B, W)"""
     scale = length / SIZE
-    distance = (source[None, :] + 0.5 - (output[:, None] + 0.5) * scale) / tl.maximum(scale, 1.0)
+    shrink = 1.0 / tl.maximum(scale, 1.0)
+    distance = ((source + 0.5) * shrink)[None, :] - ((output + 0.5) * (scale * shrink))[:, None]
     if CUBIC:
         weight = cubic(distance)
     else:
@@ -186,8 +205,8 @@ def _resample(
             g = _product(wy, tl.load(at + 1, inside, 0).to(tl.float16), wx, g)
             b = _product(wy, tl.load(at + 2, inside, 0).to(tl.float16), wx, b)
             total += tl.sum(wy.to(tl.float32), 1)[:, None] * tl.sum(wx.to(tl.float32), 1)[None, :]
-    total *= 255.0
-    return clamp(r / total), clamp(g / total), clamp(b / total)  # bicubic overshoots
+    gain = 1.0 / (255.0 * total)
+    return clamp(r * gain), clamp(g * gain), clamp(b * gain)  # bicubic overshoots
 
 
 @triton.jit
@@ -229,7 +248,7 @@ def _gaussian(output, source, sigma, SIZE: tl.constexpr):
 
 @triton.jit
 def _density(distance, sigma, radius):
-    x = distance / sigma
+    x = distance * (1.0 / sigma)
     return tl.where(tl.abs(distance) <= radius, tl.exp(-0.5 * x * x), 0.0)
 
 
@@ -241,7 +260,7 @@ def _store(
     """Solarize, normalise, erase and write one channel of a tile."""
     mean = tl.load(numbers_ptr + MEAN + channel).to(tl.float32)
     std = tl.load(numbers_ptr + STD + channel).to(tl.float32)
-    value = (finish(value, row) - mean) / std
+    value = (finish(value, row) - mean) * (1.0 / std)
     top, left = _get(row, ERASE_TOP), _get(row, ERASE_LEFT)
     rows = (y >= top) & (y < top + _get(row, ERASE_HEIGHT))
     columns = (x >= left) & (x < left + _get(row, ERASE_WIDTH))
@@ -273,8 +292,9 @@ def _whole_kernel(
     y = tl.arange(0, B)
     r, g, b = _resample(image_ptr, stride, row, 0, 0, SIZE, CUBIC, B, W)
     mean = 0.0
-    if (_get(row, STEP0) >= 0) & (not AFFINE):
-        mean = _luma_sum(r, g, b, row, y, y, SIZE) / (SIZE * SIZE)
+    if not AFFINE:
+        if _get(row, STEP0) >= 0:
+            mean = _luma_sum(r, g, b, row, y, y, SIZE) / (SIZE * SIZE)
     r, g, b = _color(r, g, b, row, mean, color_ptr + slot * 12, AFFINE)
     sigma = _get(row, SIGMA)
     if sigma > 0:
@@ -301,13 +321,14 @@ def _tiled_kernel(
     image_ptr = flat_ptr + tl.load(place_ptr + 3 * n)
     stride = 3 * tl.load(place_ptr + 3 * n + 2).to(tl.int32)
     mean = 0.0
-    if (_get(row, STEP0) >= 0) & (not AFFINE):
-        for y0 in range(0, SIZE, B):
-            for x0 in range(0, SIZE, B):
-                r, g, b = _resample(image_ptr, stride, row, y0, x0, SIZE, CUBIC, B, W)
-                y, x = y0 + tl.arange(0, B), x0 + tl.arange(0, B)
-                mean += _luma_sum(r, g, b, row, y, x, SIZE)
-        mean /= SIZE * SIZE
+    if not AFFINE:
+        if _get(row, STEP0) >= 0:
+            for y0 in range(0, SIZE, B):
+                for x0 in range(0, SIZE, B):
+                    r, g, b = _resample(image_ptr, stride, row, y0, x0, SIZE, CUBIC, B, W)
+                    y, x = y0 + tl.arange(0, B), x0 + tl.arange(0, B)
+                    mean += _luma_sum(r, g, b, row, y, x, SIZE)
+            mean /= SIZE * SIZE
     for y0 in range(0, SIZE, B):
         for x0 in range(0, SIZE, B):
             r, g, b = _resample(image_ptr, stride, row, y0, x0, SIZE, CUBIC, B, W)
@@ -357,8 +378,8 @@ def _blur_kernel(
                 total += (
                     tl.sum(wy.to(tl.float32), 1)[:, None] * tl.sum(wx.to(tl.float32), 1)[None, :]
                 )
-        total *= 255.0
-        _store_pixels(out_ptr, r / total, g / total, b / total, row, numbers_ptr, y, x, SIZE, LAST)
+        gain = 1.0 / (255.0 * total)
+        _store_pixels(out_ptr, r * gain, g * gain, b * gain, row, numbers_ptr, y, x, SIZE, LAST)
 
 
 # Found by compiling for sm_80, sm_90 and sm_100: the widest windows that spill no register.

@@ -26,13 +26,20 @@ def get(row, column):
     return row[:, column, None, None]
 
 
+def larger(x, y):
+    return where(x > y, x, y)
+
+
+def smaller(x, y):
+    return where(x < y, x, y)
+
+
 def magnitude(x):
     return where(x < ZERO, -x, x)
 
 
 def clamp(x):
-    x = where(x > ZERO, x, ZERO)
-    return where(x < ONE, x, ONE)
+    return smaller(larger(x, ZERO), ONE)
 
 
 def luma(r, g, b):
@@ -45,10 +52,8 @@ def blend(x, y, factor):
 
 def turn_hue(r, g, b, turns):
     """HSV and back, with `turns` of a full circle added to the hue."""
-    top = where(r > g, r, g)
-    top = where(top > b, top, b)
-    low = where(r < g, r, g)
-    low = where(low < b, low, b)
+    top = larger(larger(r, g), b)
+    low = smaller(smaller(r, g), b)
     chroma = top - low
     step = ONE / where(chroma > TINY, chroma, ONE)
     hue = where(
@@ -111,8 +116,7 @@ def finish(x, row):
 
 def triangle(distance):
     """Weight of a pixel at `distance` (in px of the coarser grid) in bilinear resampling."""
-    x = ONE - magnitude(distance)
-    return where(x > ZERO, x, ZERO)
+    return larger(ONE - magnitude(distance), ZERO)
 
 
 def cubic(distance):
