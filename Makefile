@@ -29,7 +29,7 @@ $(VENV)/.core: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.core tests/system_packages.sh
-	$(PIP) install --constraint constraints.txt --editable '.[test]'
+	$(PIP) install --constraint constraints.txt --editable '.[test,dali]'
 	@if sh tests/system_packages.sh; then \
 	  $(PIP) install --constraint constraints.txt --editable '.[ffcv]'; \
 	elif [ -n "$$CI" ]; then exit 1; fi

@@ -1,15 +1,19 @@
-"""The commands: train, eval, recipes. Flags derive from Config; mistakes end in one line and exit
-code 2."""
+"""The commands: train, eval, recipes, convert, doctor. Flags derive from Config; mistakes end in
+one line and exit code 2."""
 
+import argparse
 import contextlib
 import difflib
 import io
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 from itertools import dropwhile, takewhile
 from pathlib import Path
+from typing import NoReturn
 
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table as RichTable
 
 from fastssl import run_folder
@@ -26,6 +30,10 @@ USAGE = """usage: fastssl COMMAND ...
   fastssl views RECIPE [--data PATH] [--out FILE.png] [--knob value ...]
                                    draw images, their views and what was drawn for each
   fastssl recipes                  list the recipes
+  fastssl convert SOURCE TARGET [--size S] [--quality Q] [--workers N]
+                                   images to .npy, .beton or tar shards; goes on where it stopped
+  fastssl doctor --data PATH [--workers N]
+                                   decode every image and say what training would meet
 """
 
 
@@ -44,7 +52,14 @@ def main(arguments: list[str] | None = None) -> None:
 def run(arguments: list[str]) -> int:
     """Carry out one command line and return its exit code: 0, or 2 after one line that says what to
     change."""
-    commands = {"train": _train, "eval": _eval, "views": _views, "recipes": _recipes}
+    commands = {
+        "train": _train,
+        "eval": _eval,
+        "views": _views,
+        "recipes": _recipes,
+        "convert": _convert,
+        "doctor": _doctor,
+    }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if arguments else 2
@@ -124,6 +139,49 @@ def _recipes(arguments: list[str]) -> None:
             name, c.method, c.data or "--data PATH", c.backbone, str(c.views), str(c.epochs)
         )
     Console().print(table)
+
+
+def _convert(arguments: list[str]) -> None:
+    parser = _Parser(prog="fastssl convert", description="Write images in an engine's format.")
+    parser.add_argument("source", help="folder of images, .tar or folder of .tar, .npz")
+    parser.add_argument("target", help="NAME.npy, NAME.beton, or NAME for a folder of tar shards")
+    parser.add_argument("--size", type=int, help="px; the shorter side is reduced to it")
+    parser.add_argument("--quality", type=int, default=90, help="of JPEGs that must be encoded")
+    parser.add_argument("--workers", type=int, help="threads; one per core by default")
+    parser.add_argument("--on-corrupt", choices=("skip", "stop"), default="skip")
+    parser.add_argument("--quota", type=float, default=0.01, help="share that may be unreadable")
+    options = vars(parser.parse_args(arguments))
+    from fastssl_pipelines.convert import convert
+
+    with Progress(transient=True) as bar:
+        report = convert(progress=_progress(bar, "converting"), **options)
+    for name, reason in report.skipped.items():
+        print(f"left out: {name}: {reason}")
+    print(f"{report.written} images in {report.target}, {len(report.skipped)} left out")
+
+
+def _doctor(arguments: list[str]) -> None:
+    parser = _Parser(prog="fastssl doctor", description="Decode every image; say what is met.")
+    parser.add_argument("--data", required=True, help="folder of images, .tar shards, or .beton")
+    parser.add_argument("--workers", type=int, help="threads; one per core by default")
+    options = parser.parse_args(arguments)
+    from fastssl_pipelines.doctor import diagnose
+
+    with Progress(transient=True) as bar:
+        found = diagnose(options.data, workers=options.workers, progress=_progress(bar, "reading"))
+    print("\n".join(found.lines()))
+
+
+class _Parser(argparse.ArgumentParser):
+    """Its complaints are UsageErrors, in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see `{self.prog} --help`")
+
+
+def _progress(bar: Progress, what: str) -> Callable[[int, int], None]:
+    task = bar.add_task(what, total=None)
+    return lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def parse_config(recipe: str, flags: list[str]) -> Config:

@@ -17,10 +17,16 @@ class Config:
     # data
     data: str = ""
     """'digits', 'cifar10' (downloaded), an .npz with x_train [y_train x_test y_test], a folder of
-    images or of class folders (with train/ and val/ or test/ or without), or CIFAR-10's python
-    batches."""
-    engine: Literal["resident"] = "resident"
-    """What decodes and renders the views."""
+    images or of class folders (with train/ and val/ or test/ or without), tar shards (or a folder
+    of them; no labels), or CIFAR-10's python batches."""
+    engine: Literal["auto", "resident", "dali", "ffcv"] = "resident"
+    """What decodes and renders the views: 'resident' holds the images in memory at load_size;
+    'dali' and 'ffcv' decode a folder's or shards' JPEGs at full size as they go; 'auto' chooses and
+    says why."""
+    on_corrupt: Literal["skip", "stop"] = "skip"
+    """What an unreadable image does: it is named and left out, or it ends the run."""
+    corrupt_quota: float = 0.01
+    """Share of the images that may be unreadable before a run with --on-corrupt skip stops."""
     load_size: int = 256
     """Side of the square, in px, to which images of a folder are resized and cropped when they are
     loaded."""
@@ -121,6 +127,8 @@ class Config:
                 )
         if not 0 < self.holdout < 1:
             raise ValueError(f"--holdout is {self.holdout}: it must lie between 0 and 1")
+        if not 0 <= self.corrupt_quota <= 1:
+            raise ValueError(f"--corrupt-quota is {self.corrupt_quota}: it must lie in [0, 1]")
         if not 0 <= self.label_smoothing <= 1:
             raise ValueError(f"--label-smoothing is {self.label_smoothing}: it must lie in [0, 1]")
         if not self.lr > 0:

@@ -6,8 +6,10 @@ holds what the first returns has no way to a label.
 Shapes: M data set, S pixels per side. Images are uint8 RGB (M, S, S, 3), labels int64 (M,).
 """
 
+import hashlib
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -16,11 +18,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fastssl_pipelines.convert import convert
+from fastssl_pipelines.corrupt import Corrupt, OnCorrupt
+from fastssl_pipelines.encoded import SUFFIXES, Encoded, UnreadableError, decode, open_encoded
+
 Split = Literal["train", "test"]
 Images = NDArray[np.uint8]
 Labels = NDArray[np.int64]
 
-IMAGE_SUFFIXES = frozenset(".bmp .gif .jpeg .jpg .png .ppm .tif .tiff .webp".split())
 TEST_FOLDERS = ("test", "val")
 CIFAR10_HELP = (
     "pass --data with an .npz (x_train, y_train, x_test, y_test), the folder cifar-10-batches-py, "
@@ -28,8 +33,20 @@ CIFAR10_HELP = (
 )
 
 
-def load_images(data: str, split: Split, *, size: int, holdout: float) -> Images:
-    """The images of one split, (M, S, S, 3) uint8. `size` is S of a folder; arrays keep theirs."""
+def load_images(
+    data: str,
+    split: Split,
+    *,
+    size: int,
+    holdout: float,
+    on_corrupt: OnCorrupt = "stop",
+    quota: float = 0.0,
+    left_out: dict[str, str] | None = None,
+) -> Images:
+    """The images of one split, (M, S, S, 3) uint8. `size` is S of a folder; arrays keep theirs.
+
+    Unreadable images are treated as `Corrupt` says; `left_out` collects their names and reasons.
+    """
     if data == "digits":
         return _split(_digits_images(), split, holdout)
     if data == "cifar10" or _is_cifar_batches(data):
@@ -37,15 +54,56 @@ def load_images(data: str, split: Split, *, size: int, holdout: float) -> Images
     path = _existing(data)
     if path.suffix == ".npz":
         return _npz_images(path, split, holdout)
+    images = encoded_images(data, split, holdout=holdout)
+    corrupt = Corrupt(len(images), on_corrupt, quota)
+    pixels = _decode(images, size, corrupt)
+    if left_out is not None:
+        left_out.update(corrupt.reasons)
+    return pixels
+
+
+def encoded_images(data: str, split: Split, *, holdout: float) -> Encoded:
+    """The images of one split as they lie in a folder or in tar shards, for engines that decode."""
+    if not is_encoded(data):
+        raise ValueError(f"--data {data} is no folder of images: pass --engine resident with it")
+    path = _existing(data)
+    if _is_shards(path):
+        images = open_encoded(path)
+        return images.select(_split(np.arange(len(images)), split, holdout).tolist())
     paths, names_split = _folder_files(path, split)
     if not names_split:
         paths = list(_split(np.array(paths, dtype=object), split, holdout))
-    return _decode(paths, size)
+    return open_encoded(paths)
 
 
-def load_labels(data: str, split: Split, *, holdout: float) -> Labels | None:
+def cached_beton(images: Encoded, say: Callable[[str], None]) -> Path:
+    """A .beton of these images, JPEGs byte for byte, kept in the user's cache."""
+    key = hashlib.sha256(json.dumps([images.names, images.fingerprint()]).encode()).hexdigest()[:16]
+    path = cache_folder() / f"{key}.beton"
+    if not path.exists():
+        say(f"converting {len(images)} images to {path}, once")
+        convert(images, path, on_corrupt="stop")
+    return path
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fastssl"
+
+
+def is_encoded(data: str) -> bool:
+    """Whether `data` is a folder or shards of encoded images, rather than arrays."""
+    return not (data in ("digits", "cifar10") or _is_cifar_batches(data) or data.endswith(".npz"))
+
+
+def _is_shards(path: Path) -> bool:
+    return path.suffix == ".tar" or (path.is_dir() and any(path.glob("*.tar")))
+
+
+def load_labels(
+    data: str, split: Split, *, holdout: float, left_out: Collection[str] = ()
+) -> Labels | None:
     """The labels of the images of `load_images`, or None where the data has none. For evaluation
-    only."""
+    only. left_out: the names of unreadable images, which have no row there."""
     if data == "digits":
         from sklearn.datasets import load_digits
 
@@ -55,7 +113,13 @@ def load_labels(data: str, split: Split, *, holdout: float) -> Labels | None:
     path = _existing(data)
     if path.suffix == ".npz":
         return _npz_labels(path, split, holdout)
-    return _folder_labels(path, split, holdout)
+    if _is_shards(path):
+        return None
+    labels = _folder_labels(path, split, holdout)
+    if labels is None or not left_out:
+        return labels
+    names = encoded_images(data, split, holdout=holdout).names
+    return labels[[name not in left_out for name in names]]
 
 
 def require_memory(needed: int, what: str, remedy: str, device: torch.device | None = None) -> None:
@@ -88,8 +152,10 @@ def _existing(data: str) -> Path:
         raise ValueError(
             f"--data {data} does not exist; pass a folder of images, an .npz, 'digits' or 'cifar10'"
         )
-    if path.is_file() and path.suffix != ".npz":
-        raise ValueError(f"--data {data} is a file but no .npz; pass a folder of images or an .npz")
+    if path.is_file() and path.suffix not in (".npz", ".tar"):
+        raise ValueError(
+            f"--data {data} is a file but no .npz or .tar; pass a folder of images or one of these"
+        )
     return path
 
 
@@ -126,9 +192,8 @@ def _cifar10(data: str, split: Split) -> Any:
     from torchvision.datasets import CIFAR10
 
     if data == "cifar10":
-        root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fastssl"
         try:
-            return CIFAR10(root, train=split == "train", download=True)
+            return CIFAR10(cache_folder(), train=split == "train", download=True)
         except (OSError, RuntimeError) as error:
             raise ValueError(
                 f"CIFAR-10 could not be downloaded ({error}); {CIFAR10_HELP}"
@@ -198,9 +263,9 @@ def _folder_files(path: Path, split: Split) -> tuple[list[Path], bool]:
     root = path
     if names_split:
         root = path / "train" if split == "train" or test is None else test
-    paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
     if not paths:
-        known = " ".join(sorted(IMAGE_SUFFIXES))
+        known = " ".join(sorted(SUFFIXES))
         raise ValueError(f"{root} holds no images; fastssl reads files ending in {known}")
     return paths, names_split
 
@@ -229,28 +294,37 @@ def _class_names(path: Path, files: Sequence[Path], names_split: bool) -> list[s
     return [part[0] if part else "" for part in parts]
 
 
-def _decode(paths: Sequence[Path], size: int) -> Images:
-    """Files to squares: the shorter side resized to `size` with antialias, the centre cropped. (M,
-    S, S, 3)"""
+def _decode(images: Encoded, size: int, corrupt: Corrupt) -> Images:
+    """Squares: the shorter side resized to `size` with antialias, the centre cropped. (M, S, S,
+    3)"""
     require_memory(
-        len(paths) * size * size * 3,
-        f"holding {len(paths)} images of {size} px",
+        len(images) * size * size * 3,
+        f"holding {len(images)} images of {size} px",
         "lower --load-size",
     )
-    with ThreadPoolExecutor(
-        os.cpu_count()
-    ) as pool:  # Pillow decodes without the interpreter's lock
-        return np.stack(list(pool.map(lambda path: _decode_one(path, size), paths)))
+
+    def decode_one(i: int) -> Images | UnreadableError:
+        try:
+            return _square(decode(images.read(i)), size)
+        except UnreadableError as error:
+            return error
+
+    readable = []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes without the lock
+        for name, result in zip(
+            images.names, pool.map(decode_one, range(len(images))), strict=True
+        ):
+            if isinstance(result, UnreadableError):
+                corrupt.add(name, str(result))
+            else:
+                readable.append(result)
+    if not readable:
+        raise ValueError(f"none of {len(images)} images can be read; `fastssl doctor` says why")
+    return np.stack(readable)
 
 
-def _decode_one(path: Path, size: int) -> Images:
+def _square(pixels: Images, size: int) -> Images:
     from PIL import Image, ImageOps
 
-    try:
-        with Image.open(path) as image:
-            fitted = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR)
-            return np.asarray(fitted)
-    except Exception as error:  # Pillow's plug-ins raise what they like on a corrupt file
-        raise ValueError(
-            f"{path} cannot be read as an image ({error}); repair or remove it"
-        ) from error
+    fitted = ImageOps.fit(Image.fromarray(pixels), (size, size), Image.Resampling.BILINEAR)
+    return np.asarray(fitted)

@@ -1,19 +1,26 @@
 """Views of images, fast: one contract, several engines. Needs torch and numpy; each engine brings
 its own library."""
 
+import logging
+import os
 from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastssl_pipelines import policies
 from fastssl_pipelines.augment import Quality
+from fastssl_pipelines.dali import DaliPipeline
+from fastssl_pipelines.encoded import Encoded
+from fastssl_pipelines.ffcv import FfcvPipeline
 from fastssl_pipelines.resident import ResidentPipeline
 from fastssl_pipelines.spec import Batch, Pipeline, View
 
-__all__ = ["Batch", "Pipeline", "View", "open_pipeline", "policies"]
+__all__ = ["Batch", "Pipeline", "View", "choose_engine", "open_pipeline", "policies"]
 
-ENGINES = {"resident": ResidentPipeline}
+ENGINES = {"resident": ResidentPipeline, "dali": DaliPipeline, "ffcv": FfcvPipeline}
 
 
 def open_pipeline(
@@ -27,17 +34,24 @@ def open_pipeline(
     shard: tuple[int, int] = (0, 1),
     quality: Quality = "exact",
     keep_params: bool = False,
+    **options: Any,
 ) -> Pipeline:
     """A pipeline over `source` that renders `views` on `device`, in batches of `batch_size` per
     rank.
 
     engine: "resident" holds all images in memory: source is uint8 RGB, an array or tensor (M, H, W,
-    3) or a sequence of (H, W, 3) of any sizes. shard: (rank, world). quality: "exact" is
-    torchvision's semantics, "affine" one colour matrix per view. keep_params: yield what was drawn
-    in `Batch.params`, a tuple of V `Params`. ValueError says what is wrong before the first batch.
+    3) or a sequence of (H, W, 3) of any sizes. "dali" decodes a folder of images, .tar shards, a
+    list of either, or a list of bytes; "ffcv" a .beton file. "auto" is what `choose_engine` says,
+    logged. shard: (rank, world). quality: "exact" is torchvision's semantics, "affine" one colour
+    matrix per view. keep_params: yield what was drawn in `Batch.params`, a tuple of V `Params`.
+    options: of the engine, see `DaliPipeline`, `FfcvPipeline` and `DecodedPipeline`. ValueError
+    says what is wrong before the first batch.
     """
+    if engine == "auto":
+        engine, why = choose_engine(source, device)
+        logging.getLogger(__name__).info("engine %s: %s", engine, why)
     if engine not in ENGINES:
-        raise ValueError(f"engine is {engine!r}: choose one of {sorted(ENGINES)}")
+        raise ValueError(f"engine is {engine!r}: choose 'auto' or one of {sorted(ENGINES)}")
     return ENGINES[engine](
         source,
         views=views,
@@ -47,4 +61,28 @@ def open_pipeline(
         shard=shard,
         quality=quality,
         keep_params=keep_params,
+        **options,
     )
+
+
+def choose_engine(source: Any, device: torch.device | str) -> tuple[str, str]:
+    """(engine, why) of the fastest engine that reads `source` here.
+
+    ValueError where that engine is not installed, with the command that installs it.
+    """
+    if not _is_encoded(source):
+        return "resident", "the images are in memory already"
+    if isinstance(source, str | os.PathLike) and Path(source).suffix == ".beton":
+        engine, why = "ffcv", "the source is a .beton file"
+    else:
+        on = "GPU" if torch.device(device).type == "cuda" else "CPU"
+        engine, why = "dali", f"the images are encoded, and DALI decodes on this {on}"
+    if find_spec("nvidia.dali" if engine == "dali" and find_spec("nvidia") else engine) is None:
+        raise ValueError(f"{why}, but it is missing: pip install 'fastssl-torch[{engine}]'")
+    return engine, why
+
+
+def _is_encoded(source: Any) -> bool:
+    """Whether `source` names files or holds encoded bytes, rather than pixels."""
+    first = source[0] if isinstance(source, list | tuple) and source else source
+    return isinstance(first, str | os.PathLike | bytes | Encoded)

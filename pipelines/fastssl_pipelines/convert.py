@@ -1,0 +1,384 @@
+"""Convert images into what an engine reads fastest: .npy (resident), .beton (ffcv) or tar shards.
+
+Every image is decoded once, so an unreadable one is found here and not in training. JPEGs that need
+no change are copied byte for byte. Work goes to TARGET.part and is renamed at the end; the same
+command continues after an interruption.
+
+Shapes: M data set, S pixels per side.
+"""
+
+import io
+import json
+import os
+import shutil
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastssl_pipelines.corrupt import QUOTA, Corrupt, OnCorrupt
+from fastssl_pipelines.decoded import ahead
+from fastssl_pipelines.encoded import (
+    Bytes,
+    Encoded,
+    UnreadableError,
+    decode,
+    open_encoded,
+    plain_jpeg,
+)
+from fastssl_pipelines.ffcv import Beton, importing_ffcv
+
+HEADER = 128  # bytes of an .npy header, which is written last
+SHARD_BYTES = 2**30  # of images in one tar
+SMALLEST_PAGE = 2**23  # bytes; FFCV's default
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One converted image: where its bytes lie in the staging file, or why it was left out."""
+
+    name: str
+    offset: int = 0
+    length: int = 0
+    height: int = 0
+    width: int = 0
+    crc: int = 0
+    class_name: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """`written` images are in `target`; `skipped` names each other one with its reason."""
+
+    target: Path
+    written: int
+    skipped: dict[str, str]
+
+
+def convert(
+    source: Any,
+    target: str | Path,
+    *,
+    size: int | None = None,
+    quality: int = 90,
+    workers: int | None = None,
+    on_corrupt: OnCorrupt = "skip",
+    quota: float = QUOTA,
+    progress: Progress = lambda done, total: None,
+) -> Report:
+    """Write the images of `source` to `target`, verify what was written, and say what was skipped.
+
+    source: what `open_encoded` takes, or an .npz with `x_train` (M, S, S, 3) uint8. target:
+    NAME.npy for squares of `size` px in one array; NAME.beton for FFCV; NAME without a suffix for a
+    folder of webdataset shards. size: the shorter side of larger images is reduced to it; None
+    keeps them. quality: of the JPEGs that have to be encoded. ValueError and OSError leave no
+    target behind.
+    """
+    target = Path(target).expanduser()
+    for name, value, low, high in (
+        ("size", size, 2, 65_535),
+        ("quality", quality, 1, 100),
+        ("workers", workers, 1, 1024),
+    ):
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"{name} is {value}: it must lie in [{low}, {high}]")
+    images = _open_source(source)
+    kind = _kind(target, size, images)
+    if target.exists():
+        raise ValueError(f"{target} exists; remove it, or choose another target")
+    corrupt = Corrupt(len(images), on_corrupt, quota)
+    settings = [kind, size, quality, images.fingerprint()]
+    with _staging(target, settings) as part:
+        records = _stage(images, part, kind, size, quality, workers or os.cpu_count() or 1,
+                         corrupt, progress)  # fmt: skip
+        good = [record for record in records if not record.reason]
+        if not good:
+            raise ValueError(f"no image of {source} can be read; `fastssl doctor` says why")
+        packed = _pack(kind, part, good)
+        _verify(kind, packed, good)
+        os.replace(packed, target)
+    return Report(target, len(good), {r.name: r.reason for r in records if r.reason})
+
+
+class _Arrays(Encoded):
+    """The images of an .npz, with pixels in place of encoded bytes."""
+
+    def __init__(self, path: Path) -> None:
+        with np.load(path, allow_pickle=False) as arrays:
+            if "x_train" not in arrays.files:
+                raise ValueError(f"{path} has no array x_train; it holds {arrays.files}")
+            self.pixels = arrays["x_train"]
+        shape, dtype = self.pixels.shape, self.pixels.dtype
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or shape[0] == 0:
+            raise ValueError(f"{path}: x_train is {dtype} {shape}; wanted uint8 (M, S, S, 3)")
+        super().__init__([f"{path}: image {i}" for i in range(shape[0])], [])
+        self._path = path
+
+    def class_name(self, i: int) -> str:
+        return ""
+
+    def fingerprint(self) -> list[Any]:
+        return [str(self._path), self._path.stat().st_mtime_ns]
+
+
+def _open_source(source: Any) -> Encoded:
+    if isinstance(source, str | os.PathLike) and Path(source).suffix == ".npz":
+        return _Arrays(Path(source).expanduser())
+    return open_encoded(source)
+
+
+def _kind(target: Path, size: int | None, images: Encoded) -> str:
+    if target.suffix not in (".npy", ".beton", ""):
+        raise ValueError(
+            f"target {target} ends in {target.suffix}; wanted .npy (resident), .beton (ffcv), "
+            "or no suffix for a folder of tar shards"
+        )
+    if target.suffix == ".npy" and size is None and not isinstance(images, _Arrays):
+        raise ValueError("an .npy holds squares of one size: give it, such as --size 256")
+    return target.suffix.removeprefix(".") or "tar"
+
+
+@contextmanager
+def _staging(target: Path, settings: list[Any]) -> Iterator[Path]:
+    """The folder TARGET.part. It stays after an interruption, for the same settings to go on."""
+    part = target.with_name(target.name + ".part")
+    stamp = json.dumps(settings)
+    if part.exists() and (not (f := part / "settings").is_file() or f.read_text() != stamp):
+        shutil.rmtree(part)
+    try:
+        part.mkdir(parents=True, exist_ok=True)
+        (part / "settings").write_text(stamp)
+        yield part
+    except (OSError, ValueError) as error:
+        shutil.rmtree(part, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise OSError(f"{target} could not be written ({error}); nothing was left") from error
+        raise
+    shutil.rmtree(part)
+
+
+def _stage(
+    images: Encoded,
+    part: Path,
+    kind: str,
+    size: int | None,
+    quality: int,
+    workers: int,
+    corrupt: Corrupt,
+    progress: Progress,
+) -> list[Record]:
+    """Records of all images, whose bytes are then in `part`/data."""
+    records = _recorded(part)
+    for record in records:
+        if record.reason:
+            corrupt.add(record.name, record.reason)
+    end = max([HEADER if kind == "npy" else 0, *(r.offset + r.length for r in records)])
+    data_path = part / "data"
+    data_path.touch()
+    with (
+        open(data_path, "r+b") as data,
+        open(part / "records", "a") as ledger,
+        ThreadPoolExecutor(workers, thread_name_prefix="fastssl-convert") as pool,
+    ):
+        data.truncate(end)
+        data.seek(end)
+
+        def submit(i: int) -> Any:
+            return pool.submit(_converted, images, i, kind, size, quality)
+
+        todo = range(len(records), len(images))
+        for record, stored in ahead(todo, submit, lambda future: future.result(), 4 * workers):
+            if record.reason:
+                corrupt.add(record.name, record.reason)
+            records.append(Record(**{**asdict(record), "offset": data.tell()}))
+            data.write(stored)
+            data.flush()
+            ledger.write(json.dumps(asdict(records[-1])) + "\n")
+            ledger.flush()
+            progress(len(records), len(images))
+    return records
+
+
+def _recorded(part: Path) -> list[Record]:
+    """What an earlier run completed."""
+    path = part / "records"
+    if not path.is_file():
+        return []
+    lines = path.read_text().split("\n")[:-1]  # the last line may have been cut off
+    size = (part / "data").stat().st_size
+    records = [Record(**json.loads(line)) for line in lines]
+    whole = next((k for k, r in enumerate(records) if r.offset + r.length > size), len(records))
+    path.write_text("".join(line + "\n" for line in lines[:whole]))
+    return records[:whole]
+
+
+def _converted(
+    images: Encoded, i: int, kind: str, size: int | None, quality: int
+) -> tuple[Record, bytes]:
+    """Image i as it will be stored, or the reason why it cannot be."""
+    name, class_name = images.names[i], images.class_name(i)
+    try:
+        if isinstance(images, _Arrays):
+            data, pixels = None, images.pixels[i]
+        else:
+            data = images.read(i)
+            pixels = decode(data)
+    except UnreadableError as error:
+        return Record(name, reason=str(error)), b""
+    resized = pixels if size is None else _resized(pixels, size, square=kind == "npy")
+    if kind == "npy":
+        stored = resized.tobytes()
+    elif data is not None and resized is pixels and plain_jpeg(data):
+        stored = data.tobytes()
+    else:
+        stored = _jpeg(resized, quality)
+    height, width = resized.shape[:2]
+    crc = zlib.crc32(stored)
+    return Record(name, 0, len(stored), height, width, crc, class_name), stored
+
+
+def _resized(pixels: Bytes, size: int, square: bool) -> Bytes:
+    """The shorter side reduced to `size` px; a square also where it has to grow, its centre cut
+    out."""
+    from PIL import Image, ImageOps
+
+    height, width = pixels.shape[:2]
+    if square:
+        fitted = ImageOps.fit(Image.fromarray(pixels), (size, size), Image.Resampling.BILINEAR)
+        return np.asarray(fitted)
+    if min(height, width) <= size:
+        return pixels
+    scale = size / min(height, width)
+    smaller = (round(width * scale), round(height * scale))
+    return np.asarray(Image.fromarray(pixels).resize(smaller, Image.Resampling.BILINEAR))
+
+
+def _jpeg(pixels: Bytes, quality: int) -> bytes:
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=quality)
+    return file.getvalue()
+
+
+def _pack(kind: str, part: Path, records: Sequence[Record]) -> Path:
+    """The finished file or folder, below `part`."""
+    data = np.memmap(part / "data", np.uint8, "r")
+    if kind == "npy":
+        return _pack_npy(part / "data", records)
+    classes = sorted({record.class_name for record in records})
+    labels = [classes.index(r.class_name) for r in records] if "" not in classes else None
+    if kind == "beton":
+        return _pack_beton(part / "packed.beton", data, records, labels)
+    return _pack_shards(part / "packed", data, records, labels)
+
+
+def _pack_npy(path: Path, records: Sequence[Record]) -> Path:
+    """The staging file itself, with its header filled in."""
+    shapes = {(record.height, record.width) for record in records}
+    if len(shapes) > 1:
+        raise ValueError("an .npy holds squares of one size: give it, such as --size 256")
+    header = io.BytesIO()
+    shape = (len(records), *shapes.pop(), 3)
+    described = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(header, described)
+    assert header.tell() == HEADER
+    with open(path, "r+b") as file:
+        file.write(header.getvalue())
+    return path
+
+
+def _pack_beton(
+    path: Path, data: Bytes, records: Sequence[Record], labels: list[int] | None
+) -> Path:
+    """Through FFCV's writer, in this process: an error ends it, where its workers would hang."""
+    with importing_ffcv():
+        from ffcv.fields import IntField, RGBImageField
+        from ffcv.memory_allocator import MemoryAllocator
+        from ffcv.writer import DatasetWriter, handle_sample
+
+    def store(destination: Any, record: Record, malloc: Callable[[int], Any]) -> None:
+        destination["mode"], destination["height"], destination["width"] = (
+            0,
+            record.height,
+            record.width,
+        )
+        destination["data_ptr"], memory = malloc(record.length)
+        memory[:] = data[record.offset : record.offset + record.length]
+
+    image = RGBImageField(write_mode="jpg")
+    image.encode = store  # it would decode and encode again
+    fields = {"image": image, "index": IntField()}
+    if labels is not None:
+        fields["label"] = IntField()
+    largest = max(record.length for record in records)
+    page = max(SMALLEST_PAGE, 1 << (largest - 1).bit_length())
+    writer = DatasetWriter(str(path), fields, page_size=page)
+    writer.num_samples = len(records)
+    writer.prepare()
+    try:
+        metadata = np.frombuffer(writer.metadata_sm.buf, writer.metadata_type, len(records))
+        allocator = MemoryAllocator(str(path), writer.data_region_start, page)
+        with allocator:
+            for k, record in enumerate(records):
+                sample = (record, k) if labels is None else (record, k, labels[k])
+                handle_sample(sample, k, metadata.dtype.names, metadata, allocator, fields)
+        writer.finalize(allocator.allocations)
+        del metadata
+    finally:
+        writer.metadata_sm.close()
+        writer.metadata_sm.unlink()
+    return path
+
+
+def _pack_shards(
+    folder: Path, data: Bytes, records: Sequence[Record], labels: list[int] | None
+) -> Path:
+    """Tars of about SHARD_BYTES: 00000000.jpg, with labels 00000000.cls, and so on."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    starts = np.cumsum([0, *(record.length for record in records)])[:-1]
+    shard_of = (starts // SHARD_BYTES).tolist()
+    for shard, members in groupby(range(len(records)), key=lambda k: shard_of[k]):
+        with tarfile.open(folder / f"{shard:06d}.tar", "w") as tar:
+            for k in members:
+                start = records[k].offset
+                _add(tar, f"{k:08d}.jpg", data[start : start + records[k].length].tobytes())
+                if labels is not None:
+                    _add(tar, f"{k:08d}.cls", str(labels[k]).encode())
+    return folder
+
+
+def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
+
+
+def _verify(kind: str, packed: Path, records: Sequence[Record]) -> None:
+    """ValueError unless every image reads back, bit for bit, through the engine's own reader."""
+    read: Callable[[int], Bytes]
+    if kind == "npy":
+        array: NDArray[np.uint8] = np.load(packed, mmap_mode="r")
+        count, read = len(array), lambda k: array[k]
+    elif kind == "beton":
+        beton = Beton(packed)
+        count, read = len(beton), beton.stored
+    else:
+        encoded = open_encoded(packed)
+        count, read = len(encoded), encoded.read
+    if count != len(records):
+        raise ValueError(f"{packed} holds {count} images, not {len(records)}")
+    for k, record in enumerate(records):
+        if zlib.crc32(read(k).tobytes()) != record.crc:
+            raise ValueError(f"{record.name} reads back changed from {packed}; check the disk")

@@ -1,0 +1,208 @@
+"""JPEGs decoded by NVIDIA DALI: on the GPU (nvJPEG, its hardware engine where there is one) or the
+CPU.
+
+The order of an epoch is ours: images are indexed once (`encoded.py`), read ahead by threads, and
+fed to DALI as bytes. DALI decodes each once; all views are rendered from those pixels.
+
+Only plain JPEGs go to DALI. Everything else (CMYK, PNG, 16 bits, files that break off) goes to
+Pillow, which reads it or says why not.
+
+Shapes: N batch, H and W pixels.
+"""
+
+import os
+from collections import deque
+from collections.abc import Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastssl_pipelines.augment import Images
+from fastssl_pipelines.decoded import Buffer, DecodedPipeline, ahead, places
+from fastssl_pipelines.encoded import (
+    UnreadableError,
+    decode,
+    open_encoded,
+    plain_jpeg,
+    require_side,
+)
+
+MOST_RUNNING = 8  # batches with DALI at once
+Loaded = NDArray[np.uint8] | UnreadableError  # encoded (L,), decoded (H, W, 3), or neither
+
+
+@dataclass
+class Running:
+    """A batch being decoded: `loaded[n]` is what became of image `index[n]`; 1-D arrays are with
+    DALI."""
+
+    index: Tensor  # (N,)
+    loaded: list[Loaded]
+    dali: "_Dali"
+    decoded: "list[Any] | None"  # what DALI will fill in; None where it has nothing to do
+
+
+class DaliPipeline(DecodedPipeline):
+    """A `Pipeline` over encoded images; see `open_pipeline`. Needs `pip install
+    fastssl-torch[dali]`.
+
+    source: what `open_encoded` takes. threads: of DALI and of the readers, each; by default one per
+    core. oriented: turn images as their EXIF tag says; by default it is ignored, as in torchvision.
+    """
+
+    def __init__(
+        self, source: Any, *, threads: int | None = None, oriented: bool = False, **common: Any
+    ) -> None:
+        self.encoded = open_encoded(source)
+        super().__init__(len(self.encoded), **common)
+        self.threads, self.oriented = threads or os.cpu_count() or 1, oriented
+        self._dali = self._build()
+
+    def _build(self) -> "_Dali":
+        return _Dali(self.batch_size, self.threads, self.device, self.oriented)
+
+    def _decoded(self, order: Tensor, epoch: int) -> Generator[tuple[Images, Tensor], None, None]:
+        buffer = Buffer(self.device)
+        with ThreadPoolExecutor(self.threads, thread_name_prefix="fastssl-read") as readers:
+
+            def read(index: Tensor) -> tuple[Tensor, list[Future[Loaded]]]:
+                return index, [readers.submit(self._load, i) for i in index.tolist()]
+
+            def schedule(batch: tuple[Tensor, list[Future[Loaded]]]) -> Running:
+                index, futures = batch
+                loaded = [future.result() for future in futures]
+                jpegs = [x for x in loaded if _is_encoded(x)]
+                scheduled = self._schedule(jpegs) if jpegs else None
+                return Running(index, loaded, self._dali, scheduled)
+
+            def collect(batch: Running) -> tuple[Images, Tensor]:
+                return self._collect(batch, buffer)
+
+            yield from ahead(ahead(order, read, lambda x: x, 1), schedule, collect, 1)
+
+    def _schedule(self, jpegs: list[Any]) -> list[Any]:
+        try:
+            return self._dali.schedule(jpegs)
+        except RuntimeError:  # it ended over a batch that an earlier epoch left behind
+            self._dali = self._build()
+            return self._dali.schedule(jpegs)
+
+    def _load(self, i: int) -> Loaded:
+        """Image i: its bytes for DALI, or its pixels, or why there are none."""
+        try:
+            data = self.encoded.read(i)
+            size = plain_jpeg(data)
+            if size is None:
+                return decode(data, oriented=self.oriented, smallest=self.smallest)
+            require_side(*size, self.smallest)
+            return data
+        except UnreadableError as error:
+            return error
+
+    def _collect(self, batch: Running, buffer: Buffer) -> tuple[Images, Tensor]:
+        """The readable images of a batch, laid flat on the device, and their indices."""
+        decoded: list[Any] = []
+        if batch.decoded is not None:
+            try:
+                decoded = batch.dali.collect(batch.decoded)
+            except RuntimeError:  # one bad image ends a DALI pipeline, and what was scheduled in it
+                if batch.dali is self._dali:
+                    self._dali = self._build()
+                decoded = [self._by_pillow(x) for x in batch.loaded if _is_encoded(x)]
+        from_dali = iter(decoded)
+        images, kept = [], []
+        for i, x in zip(batch.index.tolist(), batch.loaded, strict=True):
+            x = next(from_dali) if _is_encoded(x) else x
+            if isinstance(x, UnreadableError):
+                self.corrupt.add(self.encoded.names[i], str(x))
+            else:
+                images.append(x)
+                kept.append(i)
+        return _lay(images, buffer), torch.tensor(kept, dtype=torch.int64)
+
+    def _by_pillow(self, data: Any) -> Loaded:
+        try:
+            return decode(data, oriented=self.oriented, smallest=self.smallest)
+        except UnreadableError as error:
+            return error
+
+
+def _is_encoded(x: Any) -> bool:
+    return isinstance(x, np.ndarray) and x.ndim == 1
+
+
+def _lay(images: Sequence[Any], buffer: Buffer) -> Images:
+    """(H, W, 3) arrays, or tensors on the GPU, one behind the other."""
+    place = places([(x.shape[0], x.shape[1]) for x in images])
+    if buffer.device.type == "cuda":
+        parts = [torch.as_tensor(x).to(buffer.device).reshape(-1) for x in images]
+        return buffer.images(torch.cat(parts), place)
+    flat = buffer.take(int(3 * place[:, 1:].prod(1).sum()))
+    pixels = flat.numpy()
+    for x, start in zip(images, place[:, 0].tolist(), strict=True):
+        pixels[start : start + x.size] = x.reshape(-1)
+    return buffer.images(flat, place)
+
+
+class _Dali:
+    """DALI's decoder: bytes in, pixels out, one batch decoding while another is in use."""
+
+    def __init__(self, batch_size: int, threads: int, device: torch.device, oriented: bool) -> None:
+        try:
+            from nvidia.dali import Pipeline, fn, types
+        except ImportError as error:
+            raise ValueError(
+                f"DALI cannot be imported ({error}): pip install 'fastssl-torch[dali]'"
+            ) from error
+        self._device = device
+        cuda = device.type == "cuda"
+        self._pipe = Pipeline(
+            batch_size=batch_size,
+            num_threads=threads,
+            device_id=(device.index or 0) if cuda else None,
+            prefetch_queue_depth=1,
+            exec_dynamic=True,
+        )
+        with self._pipe:
+            data = fn.external_source(name="data", dtype=types.DALIDataType.UINT8, ndim=1)
+            self._pipe.set_outputs(
+                fn.decoders.image(
+                    data,
+                    device="mixed" if cuda else "cpu",
+                    output_type=types.DALIImageType.RGB,
+                    adjust_orientation=oriented,
+                )
+            )
+        self._pipe.build()
+        self._running: deque[list[Any]] = deque()  # what was scheduled and not yet collected
+
+    def schedule(self, data: list[Any]) -> list[Any]:
+        """Begin to decode these images; what comes back is for `collect`."""
+        while len(self._running) >= MOST_RUNNING:  # left behind by epochs that were not finished
+            self._receive()
+        self._pipe.feed_input("data", data)
+        self._pipe.schedule_run()
+        self._running.append([])
+        return self._running[-1]
+
+    def collect(self, scheduled: list[Any]) -> list[Any]:
+        """(H, W, 3) arrays, valid as long as `scheduled` is, or tensors on the GPU. RuntimeError
+        where DALI cannot decode one of them, or of those before; this pipeline has then ended."""
+        while not scheduled:
+            self._receive()
+        (images,) = scheduled
+        cuda = self._device.type == "cuda"
+        return [torch.from_dlpack(x) if cuda else np.asarray(x) for x in images]
+
+    def _receive(self) -> None:
+        """Hand the oldest batch to those who scheduled it."""
+        cuda = self._device.type == "cuda"
+        stream = torch.cuda.current_stream(self._device) if cuda else None
+        oldest = self._running.popleft()
+        oldest.extend(self._pipe.share_outputs(cuda_stream=stream))
+        self._pipe.release_outputs()

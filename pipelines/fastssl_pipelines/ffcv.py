@@ -1,0 +1,255 @@
+"""Images of a .beton file, decoded by FFCV's decoder: for data sets that were converted once.
+
+FFCV's own loader decodes an image once per view, cannot resume, and draws its augmentations without
+a seed. Here its reader and decoder are called by our own threads, in our own order: each image is
+decoded once for all its views.
+
+Shapes: N batch, M data set, H and W pixels.
+"""
+
+import os
+import warnings
+import weakref
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastssl_pipelines import randomness
+from fastssl_pipelines.augment import Images, draw
+from fastssl_pipelines.decoded import Buffer, DecodedPipeline, ahead, places
+from fastssl_pipelines.encoded import SMALLEST, UnreadableError, require_side
+
+Order = Literal["random", "quasi_random"]
+WINDOW = 16  # pages that "quasi_random" shuffles together
+CHUNKS_PER_THREAD = 4
+RAW = 1  # the mode of an image stored as pixels
+
+Bytes = NDArray[np.uint8]
+
+
+@dataclass
+class Decoding:
+    """A batch that threads are decoding: row n of `place` will hold the image `index[n]`."""
+
+    index: Tensor  # (N,)
+    buffer: Buffer
+    flat: Tensor
+    place: Tensor  # (N, 3)
+    chunks: "list[Future[list[str]]]"
+
+
+class FfcvPipeline(DecodedPipeline):
+    """A `Pipeline` over a .beton file; see `open_pipeline`. Needs `pip install
+    fastssl-torch[ffcv]`.
+
+    source: path of a file with an RGBImageField; other fields are not read, except that an IntField
+    named "index" numbers the images where it is a permutation of range(M). Else their positions do.
+
+    order: "quasi_random" shuffles pages, and images within windows of WINDOW pages, for files that
+    do not fit in memory: reading stays nearly sequential, and class-sorted files mix less.
+    os_cache: read through the page cache, or (False) with reads that leave nothing behind in it.
+    scaled: decode at 1/2, 1/4 or 1/8 (libjpeg's DCT scaling) where every crop of the image still
+    covers its view; crops are then drawn on the smaller image.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        *,
+        threads: int | None = None,
+        order: Order = "random",
+        os_cache: bool = True,
+        scaled: bool = True,
+        **common: Any,
+    ) -> None:
+        if order not in ("random", "quasi_random"):
+            raise ValueError(f"order is {order!r}: choose 'random' or 'quasi_random'")
+        self.beton = Beton(source, os_cache)
+        super().__init__(len(self.beton), **common)
+        self.threads, self.scaled, self.order_kind = threads or os.cpu_count() or 1, scaled, order
+        self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="fastssl-ffcv")
+
+    def _shuffled(self, epoch: int) -> Tensor:
+        shuffled = super()._shuffled(epoch)
+        if self.order_kind == "random":
+            return shuffled
+        pages = self.beton.page[self.beton.row]
+        place = randomness.permutation(int(pages.max()) + 1, self.seed, epoch).argsort()
+        window = place[pages] // WINDOW  # (M,): when the page that holds each image comes
+        return shuffled[window[shuffled].argsort(stable=True)]
+
+    def _decoded(self, order: Tensor, epoch: int) -> Generator[tuple[Images, Tensor], None, None]:
+        buffers = [Buffer(self.device), Buffer(self.device)]
+
+        def start(index: Tensor) -> Decoding:
+            buffers.reverse()
+            return self._start(index, epoch, buffers[0])
+
+        yield from ahead(order, start, self._finish, 1)
+
+    def _start(self, index: Tensor, epoch: int, buffer: Buffer) -> Decoding:
+        """Begin to decode the images at `index` (N,) into `buffer`."""
+        rows = self.beton.row[index]
+        size = self.beton.size[rows]  # (N, 2)
+        shrink = self._shrink(index, epoch, size)
+        shrink[self.beton.raw[rows]] = 1
+        place = places(-(-size // shrink[:, None]))
+        flat = buffer.take(int(3 * place[:, 1:].prod(1).sum()))
+        jobs = list(zip(rows.tolist(), shrink.tolist(), place[:, 0].tolist(), strict=True))
+        chunk = -(-len(jobs) // (self.threads * CHUNKS_PER_THREAD))
+        pixels = flat.numpy()
+        chunks = [
+            self._pool.submit(self._decode, jobs[i : i + chunk], pixels)
+            for i in range(0, len(jobs), chunk)
+        ]
+        return Decoding(index, buffer, flat, place, chunks)
+
+    def _decode(self, jobs: list[tuple[int, int, int]], pixels: Bytes) -> list[str]:
+        """Decode (row, shrink, offset) into pixels; what went wrong with each, "" for nothing."""
+        return [
+            self.beton.decode(row, shrink, pixels[offset:], self.smallest)
+            for row, shrink, offset in jobs
+        ]
+
+    def _finish(self, batch: Decoding) -> tuple[Images, Tensor]:
+        """The readable images of a batch on the device, and their indices."""
+        reasons = [reason for chunk in batch.chunks for reason in chunk.result()]
+        for i, reason in zip(batch.index.tolist(), reasons, strict=True):
+            if reason:
+                self.corrupt.add(f"{self.beton.path}: image {i}", reason)
+        kept = torch.tensor([not reason for reason in reasons])
+        return batch.buffer.images(batch.flat, batch.place[kept]), batch.index[kept]
+
+    def _shrink(self, index: Tensor, epoch: int, size: Tensor) -> Tensor:
+        """1, 2, 4 or 8: how much smaller each image may be decoded. index (N,), size (N, 2) ->
+        (N,)"""
+        shrink = torch.ones_like(index)
+        if not self.scaled or any(view.patch for view in self.views):
+            return shrink
+        cover = torch.full(
+            index.shape, torch.inf
+        )  # px of the crop behind a px of the view, at least
+        for v, view in enumerate(self.views):
+            params = draw(view, self.seed, epoch, index, v, size[:, 0], size[:, 1])
+            crop = torch.minimum(params["height"], params["width"])
+            cover = torch.minimum(cover, crop / view.size)
+        for factor in (2, 4, 8):
+            shrink[cover >= factor] = factor
+        return shrink
+
+
+class Beton:
+    """A .beton file: M images in FFCV's format, version 2.
+
+    row (M,): the row of image i; size (M, 2): height and width of each row; raw (M,): whether its
+    pixels are stored as they are; page (M,): the page it lies in. ValueError where the file is not
+    one, or breaks off.
+    """
+
+    def __init__(self, source: Any, os_cache: bool = True) -> None:
+        self.path = _existing(source)
+        imdecode, reader, image, number = _open(self.path)
+        self._imdecode = imdecode
+        table = np.sort(reader.alloc_table, order="ptr")
+        if not np.isin(image["data_ptr"], table["ptr"]).all():
+            raise ValueError(f"{self.path} breaks off: copy or convert it again")
+        start = image["data_ptr"].astype(np.int64)
+        length = table["size"][np.searchsorted(table["ptr"], image["data_ptr"])]
+        self._start, self._length = start.tolist(), length.tolist()
+        size = np.stack([image["height"], image["width"]], axis=1).astype(np.int64)
+        self.size = torch.from_numpy(size)
+        self.raw = torch.from_numpy(image["mode"] == RAW)
+        self.page = torch.from_numpy(start // int(reader.page_size))
+        self.row = torch.arange(len(start))
+        if number is not None and np.array_equal(np.sort(number), np.arange(len(number))):
+            self.row = torch.from_numpy(number.astype(np.int64)).argsort()
+        self._file = os.open(self.path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._file)
+        self._mapped = np.memmap(self.path, np.uint8, "r") if os_cache else None
+
+    def __len__(self) -> int:
+        return len(self._start)
+
+    def stored(self, row: int) -> Bytes:
+        """The bytes of one image: a JPEG, or its pixels."""
+        start, length = self._start[row], self._length[row]
+        if self._mapped is not None:
+            return self._mapped[start : start + length]
+        data = os.pread(self._file, length, start)
+        os.posix_fadvise(self._file, start, length, os.POSIX_FADV_DONTNEED)
+        return np.frombuffer(data, np.uint8)
+
+    def decode(self, row: int, shrink: int, out: Bytes, smallest: int = SMALLEST) -> str:
+        """Fill `out` with the pixels of one image at 1 / `shrink`; "", or why that failed."""
+        height, width = self.size[row].tolist()
+        try:
+            require_side(height, width, smallest)
+        except UnreadableError as error:
+            return str(error)
+        data = self.stored(row)
+        if self.raw[row]:
+            out[: len(data)] = data
+            return ""
+        full = (height, width, 0, 0, 1, shrink, False, False)
+        source, target = data.ctypes.data, out.ctypes.data
+        failed = self._imdecode(source, len(data), height, width, target, *full)
+        return (
+            "FFCV cannot decode this JPEG: it breaks off, or is no gray or YCbCr" if failed else ""
+        )
+
+
+@contextmanager
+def importing_ffcv() -> Iterator[None]:
+    """Import from ffcv in here: quiet about distutils, and with the fix where it is missing."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The distutils package", DeprecationWarning)
+        try:
+            yield
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                f"FFCV cannot be imported ({error}): pip install 'fastssl-torch[ffcv]'; where "
+                "distutils is missing (Python 3.12 dropped it), pip install setuptools"
+            ) from error
+
+
+def _existing(source: Any) -> Path:
+    path = Path(source).expanduser() if isinstance(source, str | os.PathLike) else None
+    if path is None or path.suffix != ".beton":
+        raise ValueError(
+            f"source is {source!r:.80}; engine ffcv reads a .beton: `fastssl convert` makes one"
+        )
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; `fastssl convert SOURCE {path}` makes it")
+    return path
+
+
+def _open(path: Path) -> tuple[Any, Any, Any, NDArray[np.int64] | None]:
+    """(FFCV's decoder, its reader of the file, the rows of the image field, the index field)."""
+    with importing_ffcv():
+        from ffcv.fields import IntField, RGBImageField
+        from ffcv.libffcv import ctypes_imdecode
+        from ffcv.reader import Reader
+    try:
+        reader = Reader(str(path))
+    except (AssertionError, ValueError, IndexError, KeyError) as error:
+        raise ValueError(f"{path} is no .beton file of version 2, or breaks off") from error
+    handlers = list(reader.handlers.items())
+    images = [k for k, (_, handler) in enumerate(handlers) if isinstance(handler, RGBImageField)]
+    if not images or reader.num_samples == 0:
+        raise ValueError(f"{path} holds no images; its fields are {reader.field_names}")
+    numbers = [
+        k
+        for k, (name, handler) in enumerate(handlers)
+        if name == "index" and isinstance(handler, IntField)
+    ]
+    rows = reader.metadata
+    number = rows[f"f{numbers[0]}"] if numbers else None
+    return ctypes_imdecode, reader, rows[f"f{images[0]}"], number

@@ -1,0 +1,13 @@
+"""Tests of an engine need its library: skipped where it is missing, except under CI."""
+
+import os
+from importlib.util import find_spec
+
+import pytest
+
+
+def needs(*names: str) -> pytest.MarkDecorator:
+    """Mark tests that need these libraries. Under CI they run, and fail, where one is missing."""
+    missing = [name for name in names if find_spec(name.split(".")[0]) is None]
+    reason = f"not installed: {', '.join(missing)}"
+    return pytest.mark.skipif(bool(missing) and not os.environ.get("CI"), reason=reason)

@@ -1,0 +1,288 @@
+"""The promises of `spec.py`, asked of every engine with the same images and views."""
+
+import gc
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fastssl_pipelines import Pipeline, View, choose_engine, open_pipeline, policies
+from fastssl_pipelines.augment import as_images, views_of
+from fastssl_pipelines.convert import convert
+from fastssl_pipelines.encoded import decode, open_encoded
+from tests.libraries import needs
+
+ENGINES = (
+    "resident",
+    pytest.param("dali", marks=needs("nvidia.dali")),
+    pytest.param("ffcv", marks=needs("ffcv")),
+)
+COUNT, BATCH = 30, 7
+VIEWS = (*policies.simclr(2, 24), View(size=17, interpolation="bicubic", erase=0.5))
+Open = Callable[..., Pipeline]
+
+
+@pytest.fixture(scope="module")
+def files(data: Path) -> list[Path]:
+    """Real JPEGs, RGB and gray, the smaller ones."""
+    found = sorted((data / "imagenet-samples").iterdir(), key=lambda f: f.stat().st_size)
+    return found[:COUNT]
+
+
+@pytest.fixture(scope="module")
+def sources(files: list[Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The same images for each engine: decoded, as files, as a .beton of the very same JPEGs."""
+    beton = tmp_path_factory.mktemp("beton") / "images.beton"
+    convert(files, beton)
+    pixels = [decode(np.fromfile(file, np.uint8)) for file in files]
+    return {"resident": pixels, "dali": files, "ffcv": beton}
+
+
+@pytest.fixture(params=ENGINES)
+def opened(request: pytest.FixtureRequest, sources: dict[str, Any], device: str) -> Open:
+    """Opens the engine, with other arguments where they are given."""
+
+    def call(**changes: Any) -> Pipeline:
+        given = {"views": VIEWS, "batch_size": BATCH, "seed": 3, "device": device, **changes}
+        return open_pipeline(request.param, sources[request.param], **given)
+
+    call.engine = request.param  # type: ignore[attr-defined]
+    return call
+
+
+def indices(pipeline: Pipeline, epoch: int, skip: int = 0) -> list[list[int]]:
+    return [batch.index.tolist() for batch in pipeline.epoch(epoch, skip)]
+
+
+def test_an_epoch_shows_each_image_once_and_drops_the_last_batch(opened: Open) -> None:
+    pipeline = opened()
+    batches = indices(pipeline, 0)
+    assert len(batches) == len(pipeline) == COUNT // BATCH
+    seen = [i for batch in batches for i in batch]
+    assert len(set(seen)) == len(seen) == BATCH * (COUNT // BATCH)
+    assert set(seen) < set(range(COUNT))
+    whole = [i for batch in indices(opened(batch_size=COUNT), 0) for i in batch]
+    assert sorted(whole) == list(range(COUNT)) != whole
+
+
+def test_batches_have_the_views_asked_for(opened: Open, device: str) -> None:
+    half = View(size=9, dtype=torch.float16, channels_last=True)
+    batch = next(opened(views=(*VIEWS, half)).epoch(0))
+    assert [tuple(view.shape) for view in batch.views] == [
+        (BATCH, 3, size, size) for size in (24, 24, 17, 9)
+    ]
+    assert batch.views[3].dtype == torch.float16
+    assert batch.views[3].is_contiguous(memory_format=torch.channels_last)
+    assert batch.index.dtype == torch.int64 and batch.index.device.type == device
+    assert batch.params is None
+
+
+def test_ranks_share_out_the_batches_of_one(opened: Open) -> None:
+    whole = indices(opened(batch_size=6), 2)
+    ranks = [indices(opened(batch_size=3, shard=(rank, 2)), 2) for rank in (0, 1)]
+    assert [a + b for a, b in zip(*ranks, strict=True)] == whole
+    first, second = ({i for batch in rank for i in batch} for rank in ranks)
+    assert not first & second
+
+
+def test_the_stream_depends_on_seed_and_epoch_alone(opened: Open) -> None:
+    pipeline = opened()
+    list(pipeline.epoch(1))  # leaves no trace
+    first, again = list(pipeline.epoch(0)), list(opened().epoch(0))
+    for a, b in zip(first, again, strict=True):
+        assert torch.equal(a.index, b.index)
+        assert all(torch.equal(x, y) for x, y in zip(a.views, b.views, strict=True))
+    orders = [indices(opened(), 0), indices(opened(), 1), indices(opened(seed=4), 0)]
+    assert orders[0] != orders[1] and orders[0] != orders[2]
+
+
+def test_skip_continues_exactly(opened: Open) -> None:
+    whole = list(opened().epoch(5))
+    for skip in (1, 3, 4, 9):
+        rest = list(opened().epoch(5, skip=skip))
+        assert len(rest) == max(0, len(whole) - skip)
+        for a, b in zip(whole[skip:], rest, strict=True):
+            assert torch.equal(a.index, b.index)
+            assert all(torch.equal(x, y) for x, y in zip(a.views, b.views, strict=True))
+
+
+def test_views_are_those_of_the_fused_render(
+    opened: Open, sources: dict[str, Any], device: str
+) -> None:
+    """Bit for bit where the pixels are: DALI's decoder equals Pillow's on the CPU. FFCV's takes a
+    faster DCT and simpler chroma, so its views are near."""
+    images = as_images(sources["resident"]).to(device)
+    options = {"scaled": False} if opened.engine == "ffcv" else {}  # type: ignore[attr-defined]
+    for batch in opened(keep_params=True, **options).epoch(1):
+        truth, params = views_of(images.select(batch.index), VIEWS, 3, 1, batch.index)
+        for ours, theirs in zip(batch.params, params, strict=True):
+            assert torch.equal(ours.table, theirs.table)
+        for view, expected, look in zip(batch.views, truth, VIEWS, strict=True):
+            difference = (view - expected).abs() * torch.tensor(look.std, device=device).view(
+                3, 1, 1
+            )
+            if opened.engine == "ffcv":  # type: ignore[attr-defined]
+                assert difference.mean() < 3 / 255
+            else:
+                assert difference.max() <= (2 / 255 if device == "cuda" else 0)
+
+
+def test_an_image_is_decoded_once_for_all_views(
+    opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastssl_pipelines import dali, ffcv
+
+    counts = {"n": 0}
+    schedule, decode_row = dali._Dali.schedule, ffcv.Beton.decode
+
+    def count_schedule(self: Any, images: list[Any]) -> list[Any]:
+        counts["n"] += len(images)
+        return schedule(self, images)
+
+    def count_rows(self: Any, *arguments: Any) -> str:
+        counts["n"] += 1
+        return decode_row(self, *arguments)
+
+    monkeypatch.setattr(dali._Dali, "schedule", count_schedule)
+    monkeypatch.setattr(ffcv.Beton, "decode", count_rows)
+    for views in (policies.simclr(2, 16), policies.simclr(9, 16)):
+        counts["n"] = 0
+        list(opened(views=views).epoch(0))
+        expected = 0 if opened.engine == "resident" else BATCH * (COUNT // BATCH)  # type: ignore[attr-defined]
+        assert counts["n"] == expected
+
+
+def test_leaving_early_harms_nothing(opened: Open) -> None:
+    pipeline = opened()
+    whole = indices(pipeline, 0)
+    for batch in pipeline.epoch(0):
+        assert batch.index.tolist() == whole[0]
+        break
+    for epoch in range(20):
+        left = pipeline.epoch(epoch)
+        next(left)
+        del left
+    gc.collect()
+    assert indices(pipeline, 0) == whole
+    for a, b in zip(pipeline.epoch(0), opened().epoch(0), strict=True):
+        assert torch.equal(a.views[0], b.views[0])
+
+
+def test_two_epochs_at_once(opened: Open) -> None:
+    pipeline = opened()
+    alone = list(pipeline.epoch(0)), list(pipeline.epoch(1))
+    together = zip(pipeline.epoch(0), pipeline.epoch(1), strict=True)
+    for expected, batches in zip(zip(*alone, strict=True), together, strict=True):
+        for a, b in zip(expected, batches, strict=True):
+            assert torch.equal(a.index, b.index) and torch.equal(a.views[0], b.views[0])
+
+
+def test_a_hundred_epochs_do_not_grow(opened: Open) -> None:
+    pipeline = opened(views=(View(size=8),), batch_size=3)
+
+    def run(epochs: range) -> None:
+        for epoch in epochs:
+            for batch in pipeline.epoch(epoch, skip=len(pipeline) - 2):
+                if epoch % 2:
+                    break
+                assert len(batch.views) == 1
+
+    run(range(30))  # allocators and buffers reach their size
+    gc.collect()
+    threads, files, memory = threading.active_count(), open_files(), resident_mib()
+    run(range(30, 130))
+    gc.collect()
+    assert threading.active_count() <= threads
+    assert open_files() <= files
+    assert resident_mib() - memory < 16
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def resident_mib() -> float:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def test_class_sorted_data_mixes(tmp_path: Path) -> None:
+    """Chi-square of the classes in each batch of one epoch, over the order that all engines use."""
+    from fastssl_pipelines import randomness
+
+    classes, per_class, batch = 20, 500, 250
+    order = randomness.permutation(classes * per_class, 0, 0)
+    counts = (
+        torch.nn.functional.one_hot(order // per_class, classes).view(-1, batch, classes).sum(1)
+    )
+    expected = batch / classes
+    chi_square = ((counts - expected) ** 2 / expected).sum(1)  # 19 degrees of freedom per batch
+    assert chi_square.max() < 60 and 15 < chi_square.double().mean() < 23
+    in_windows = torch.arange(classes * per_class).view(-1, 1000)  # what a window of 1,000 would do
+    shuffled = in_windows[:, torch.randperm(1000, generator=torch.Generator().manual_seed(0))]
+    counts = torch.nn.functional.one_hot(shuffled.view(-1) // per_class, classes)
+    counts = counts.view(-1, batch, classes).sum(1)
+    assert ((counts - expected) ** 2 / expected).sum(1).min() > 500, "the test cannot fail"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"batch_size": COUNT + 1}, f"batch_size is {COUNT + 1}"),
+        ({"batch_size": 16, "shard": (0, 2)}, "a rank has 15 images"),
+        ({"shard": (2, 2)}, "0 <= rank < world"),
+        ({"views": ()}, "views is empty"),
+        ({"seed": -1}, "seed is -1"),
+        ({"quality": "good"}, "quality is 'good'"),
+    ],
+)
+def test_mistakes(opened: Open, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        opened(**changes)
+
+
+def test_auto_chooses(sources: dict[str, Any]) -> None:
+    assert choose_engine(sources["resident"], "cpu")[0] == "resident"
+    assert choose_engine(sources["ffcv"], "cpu") == ("ffcv", "the source is a .beton file")
+    engine, why = choose_engine(sources["dali"], "cpu")
+    assert engine == "dali" and "DALI decodes on this CPU" in why
+
+
+def test_auto_logs_its_choice(sources: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "fastssl_pipelines"):
+        pipeline = open_pipeline(
+            "auto", sources["ffcv"], views=VIEWS, batch_size=3, seed=0, device="cpu"
+        )
+    assert type(pipeline).__name__ == "FfcvPipeline"
+    assert "engine ffcv: the source is a .beton file" in caplog.text
+    with pytest.raises(ValueError, match="choose 'auto' or one of"):
+        open_pipeline("dari", sources["dali"], views=VIEWS, batch_size=3, seed=0, device="cpu")
+
+
+def test_auto_says_what_to_install(
+    sources: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastssl_pipelines.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'fastssl-torch\[dali\]'"):
+        choose_engine(sources["dali"], "cpu")
+
+
+def test_encoded_sources_are_one_data_set(files: list[Path], tmp_path: Path) -> None:
+    """Files, bytes in memory and tar shards give the same images, in the same order."""
+    convert(files, tmp_path / "shards")
+    kinds = (files, [file.read_bytes() for file in files], tmp_path / "shards")
+    for source in kinds:
+        encoded = open_encoded(source)
+        assert len(encoded) == COUNT
+        for i, file in enumerate(files):
+            assert encoded.read(i).tobytes() == file.read_bytes()
+    given = {"views": VIEWS, "batch_size": BATCH, "seed": 3, "device": "cpu"}
+    streams = [next(open_pipeline("dali", source, **given).epoch(0)) for source in kinds]
+    for batch in streams[1:]:
+        assert torch.equal(batch.views[2], streams[0].views[2])
