@@ -29,7 +29,7 @@ def environment_line(stamp: Row) -> str:
 
 
 def timing_table(rows: list[Row]) -> str:
-    """Time, spread, ratio and memory by case and variant; on a CPU only the ratios mean much."""
+    """Time, spread, ratio and memory by case and variant; on a CPU only ratios mean much."""
     graphs = any(row.get("graph_ms") for row in rows)
     head = [
         "case",
@@ -60,7 +60,7 @@ PROBES = ("linear_all", "knn_all", "linear_10", "knn_10", "linear_1", "knn_1")
 
 
 def accuracy_table(rows: list[Row]) -> str:
-    """One line per recipe and kind of feature: accuracies and seconds, mean and deviation over seeds.
+    """One line per recipe and kind of feature: mean and deviation over seeds.
 
     `linear_10` is the linear probe with 10 labels per class.
     """

@@ -23,8 +23,13 @@ USAGE = """usage: fastssl COMMAND ...
                                    pretrain, evaluate, print the table
   fastssl train RECIPE --help      every knob, with the recipe's value
   fastssl eval RUN                 repeat a run's evaluation from its folder
+  fastssl views RECIPE [--data PATH] [--out FILE.png] [--knob value ...]
+                                   draw images, their views and what was drawn for each
   fastssl recipes                  list the recipes
 """
+
+
+SHEET_ROWS, SHEET_VIEWS = 4, 8  # of a contact sheet
 
 
 class UsageError(ValueError):
@@ -39,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
 def run(arguments: list[str]) -> int:
     """Carry out one command line and return its exit code: 0, or 2 after one line that says what to
     change."""
-    commands = {"train": _train, "eval": _eval, "recipes": _recipes}
+    commands = {"train": _train, "eval": _eval, "views": _views, "recipes": _recipes}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if arguments else 2
@@ -88,6 +93,28 @@ def _eval(arguments: list[str]) -> None:
         for row, row_cells in table.items()
     }
     print_accuracy(Console(), cells, rank)
+
+
+def _views(arguments: list[str]) -> None:
+    if not arguments or arguments[0].startswith("-"):
+        raise UsageError(f"fastssl views needs a recipe first; there are {', '.join(RECIPES)}")
+    recipe, *flags = arguments
+    out = "views.png"
+    if "--out" in flags:
+        at = flags.index("--out")
+        if at + 1 == len(flags):
+            raise UsageError("--out needs the name of a PNG file")
+        out = flags[at + 1]
+        del flags[at : at + 2]
+    config = parse_config(recipe, flags)
+    from fastssl.contact_sheet import draw_contact_sheet
+    from fastssl.data import load_images
+    from fastssl.pretrain import build_views
+
+    images = load_images(config.data, "train", size=config.load_size, holdout=config.holdout)
+    chosen = images[:: max(1, len(images) // SHEET_ROWS)][:SHEET_ROWS]
+    draw_contact_sheet(chosen, build_views(config)[:SHEET_VIEWS], config.seed, out)
+    Console().print(f"{out}: {len(chosen)} images and their views", highlight=False)
 
 
 def _recipes(arguments: list[str]) -> None:

@@ -7,6 +7,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from fastssl.cli import run
 from fastssl.config import Config
@@ -39,7 +40,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["trian"], "unknown command 'trian'; there are train, eval, recipes"),
+        (["trian"], "unknown command 'trian'; there are train, eval, views, recipes"),
         (["train"], "needs a recipe first; there are digits-diet"),
         (["train", "digits-dite"], "unknown recipe 'digits-dite'; there are digits-diet"),
         (["train", "digits-diet", "--epoch", "3"], "unknown knob --epoch; did you mean --epochs?"),
@@ -162,3 +163,13 @@ def test_a_folder_of_jpegs_as_a_process(data: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "75 images, 4 batches of 16 x 2 views" in done.stdout and "pretrained" in done.stdout
     assert (tmp_path / "run/curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_views_are_drawn(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "sheet.png"
+    assert run(["views", "digits-diet", "--views", "3", "--out", str(out)]) == 0
+    assert "4 images and their views" in " ".join(capsys.readouterr().out.split())
+    with Image.open(out) as picture:
+        assert picture.size[0] > 500
+    assert "needs a recipe first" in one_line(capsys, ["views"])
+    assert "--out needs" in one_line(capsys, ["views", "digits-diet", "--out"])

@@ -10,7 +10,7 @@ from fastssl import run_folder
 from fastssl.config import Config, config_from_json, config_to_json, read_config
 from fastssl.recipes import RECIPES
 
-CONFIG = RECIPES["digits-diet"]
+CONFIG = replace(RECIPES["digits-diet"], lr=0.003)
 
 
 @pytest.mark.parametrize("config", RECIPES.values(), ids=RECIPES)

@@ -2,6 +2,7 @@
 views."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -23,7 +24,13 @@ class VICReg(Objective):
     ):
         super().__init__()
         self.projector = projector(features, width, layers)
-        self.weights = {"sim_coeff": sim_coeff, "std_coeff": std_coeff, "cov_coeff": cov_coeff}
+        self.sim_coeff, self.std_coeff, self.cov_coeff = sim_coeff, std_coeff, cov_coeff
 
     def forward(self, features: Sequence[Tensor], index: Tensor) -> dict[str, Tensor]:
-        return {"loss": vicreg_loss([self.projector(f) for f in features], **self.weights)}
+        loss = vicreg_loss(
+            [self.projector(f) for f in features],
+            sim_coeff=self.sim_coeff,
+            std_coeff=self.std_coeff,
+            cov_coeff=self.cov_coeff,
+        )
+        return {"loss": loss}

@@ -2,6 +2,13 @@
 
 from fastssl_kernels.barlow_twins import barlow_twins_loss, barlow_twins_loss_reference
 from fastssl_kernels.coding_rate import coding_rate, coding_rate_reference
+from fastssl_kernels.contrastive import (
+    NTXentLoss,
+    info_nce_loss,
+    info_nce_loss_reference,
+    nt_xent_loss,
+    nt_xent_loss_reference,
+)
 from fastssl_kernels.diet import DIETHead
 from fastssl_kernels.duality import (
     dimension_contrastive_loss,
@@ -20,6 +27,7 @@ from fastssl_kernels.vicreg import vicreg_loss, vicreg_loss_reference
 __all__ = [
     "BarlowTwinsLoss",
     "DIETHead",
+    "NTXentLoss",
     "VICRegLoss",
     "barlow_twins_loss",
     "barlow_twins_loss_reference",
@@ -28,6 +36,12 @@ __all__ = [
     "dimension_contrastive_loss",
     "linear_cross_entropy",
     "linear_cross_entropy_reference",
+    "info_nce_loss",
+    "info_nce_loss_reference",
+    "linear_cross_entropy",
+    "linear_cross_entropy_reference",
+    "nt_xent_loss",
+    "nt_xent_loss_reference",
     "sample_contrastive_loss",
     "second_moment_energy",
     "second_moment_energy_reference",

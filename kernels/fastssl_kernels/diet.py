@@ -1,21 +1,77 @@
-"""DIET's head: one class per image (arXiv:2302.10260).
+"""DIET's head: one class per image (arXiv:2302.10260), its softmax, its optimizer, its shards.
 
-Shapes: M data set, N batch, D embedding, V views.
+    loss = linear_cross_entropy(features, weight, index, label_smoothing=0.8)     # without a bias
+
+Shapes: M data set (the number of classes), N batch, D embedding, V views, S sampled classes.
 """
 
 import math
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastssl_kernels.linear_cross_entropy import linear_cross_entropy
+from fastssl_kernels._checks import checked, plain_loss
+from fastssl_kernels._class_shards import (
+    Shard,
+    combine_lse,
+    gather,
+    gather_inputs,
+    gather_shards,
+    shard_sizes,
+)
+from fastssl_kernels._class_softmax import class_statistics
+from fastssl_kernels._class_update import class_statistics_updating
+from fastssl_kernels._group import group_name
+from fastssl_kernels.linear_cross_entropy import (
+    cast_for_product,
+    keeps_exponentials,
+    smoothed_rows,
+)
+
+EPS = 1e-8  # torch.optim.AdamW's
+INIT_ROWS = (
+    65536  # the initial weight is drawn in blocks, so that every shard sees the same numbers
+)
+
+FUSED_ONLY = (
+    "DIETHead: with a fused optimizer the loss must reach backward() as it is, with gradient 1. "
+    "A scaled loss (GradScaler, gradient accumulation, a loss weight) needs "
+    "DIETHead(optimizer=None) and an optimizer of your own"
+)
 
 
 class DIETHead(nn.Module):
-    """Linear layer over `num_samples` classes without bias, and its smoothed cross-entropy.
+    """Features and the indices of their images to DIET's loss, a float32 scalar.
 
-    `forward(features (N, D) or (V, N, D), index (N,)) -> ()`: views of one image share its class.
+        head = DIETHead(len(dataset), width, optimizer="adamw", lr=1e-3)
+        head(features, index).backward()      # features (N, D) or (V, N, D), index (N,) int64
+
+    Views of one image share its class. With `optimizer=None` the weight is a parameter like others.
+    With "adamw" or "sgd" the weight is updated inside backward(), block by block, as
+    torch.optim.AdamW or SGD would with these arguments on the dense gradient, which never exists;
+    nothing else needs calling, and `head.lr` may be set between steps. A step whose loss is not
+    finite changes nothing. In that mode a gradient cannot be clipped by a global norm, accumulated,
+    or skipped by a GradScaler: a scaled loss is refused, and `refuse_unless_plain` refuses a
+    trainer's other settings.
+
+    sample_rate: below 1, each training step takes the softmax over a sample of that share of the
+        classes, drawn from (seed, draw), always with the batch's own (Partial FC,
+        arXiv:2203.15565). An approximation: smoothing spreads over the sample, and other rows keep
+        their weight and moments.
+    save: as in linear_cross_entropy.
+    group: ranks over which the classes are sharded; each holds about num_samples / ranks rows. The
+        loss is that of all ranks' batches. state_dict holds all rows whatever the group, so that it
+        loads into any other; reading it is a collective call.
+    dtype: of weight and moments.
     """
+
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    step: Tensor
+    draws: Tensor
+    _rate: Tensor
 
     def __init__(
         self,
@@ -23,18 +79,241 @@ class DIETHead(nn.Module):
         dim: int,
         *,
         label_smoothing: float = 0.8,
+        optimizer: str | None = None,
+        lr: float = 1e-3,
+        weight_decay: float = 0.05,
+        betas: tuple[float, float] = (0.9, 0.999),
+        momentum: float = 0.9,
+        sample_rate: float = 1.0,
+        save: str = "auto",
+        seed: int = 0,
+        group: Any = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
+        """ValueError for an unknown optimizer, sizes below 1, or numbers outside their range."""
         super().__init__()
-        self.label_smoothing = label_smoothing
-        self.weight = nn.Parameter(torch.empty(num_samples, dim, dtype=dtype))  # (M, D)
-        bound = 1 / math.sqrt(dim)  # what nn.Linear draws
-        nn.init.uniform_(self.weight, -bound, bound)
+        _check_sizes(num_samples, dim, label_smoothing, sample_rate, save)
+        _check_rule(optimizer, lr, weight_decay, betas, momentum, dtype)
+        group_name(group, "DIETHead")
+        self.num_samples, self.dim = num_samples, dim
+        self.label_smoothing, self.optimizer, self.save = label_smoothing, optimizer, save
+        self.weight_decay, self.betas, self.momentum = weight_decay, betas, momentum
+        self.sample_rate, self.seed, self.group = sample_rate, seed, group
+        self.world = 1 if group is None else dist.get_world_size(group)
+        rank = 0 if group is None else dist.get_rank(group)
+        if num_samples < self.world:
+            raise ValueError(
+                f"DIETHead: {num_samples} classes over {self.world} ranks; some get none"
+            )
+        sizes = shard_sizes(num_samples, self.world)
+        self.first, rows = sum(sizes[:rank]), sizes[rank]
+        weight = _initial_weight(num_samples, dim, self.first, rows).to(dtype)  # (rows, D)
+        self.weight = nn.Parameter(weight, requires_grad=optimizer is None)
+        moments = {"adamw": 2, "sgd": int(momentum > 0), None: 0}[optimizer]
+        for name, kept in (("exp_avg", moments > 0), ("exp_avg_sq", moments > 1)):
+            self.register_buffer(name, torch.zeros((rows, dim) if kept else (0,), dtype=dtype))
+        self.register_buffer("step", torch.zeros(()))  # updates made
+        self.register_buffer(
+            "draws", torch.zeros((), dtype=torch.int64)
+        )  # samples of classes drawn
+        self.register_buffer(
+            "_rate", torch.tensor(float(lr), dtype=torch.float64), persistent=False
+        )
+        self._lr = float(lr)
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next fused step."""
+        return self._lr
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        self._lr = float(value)
+        self._rate.fill_(value)  # on the device, so that a captured graph reads the new one
 
     def forward(self, features: Tensor, index: Tensor) -> Tensor:
-        if features.ndim == 3:  # (V, N, D)
-            index = index.repeat(len(features))
-            features = features.flatten(0, 1)
-        return linear_cross_entropy(
-            features, self.weight, index, label_smoothing=self.label_smoothing
+        """(V, N, D) or (N, D), and (N,) -> (). In a group the loss is that of all ranks' batches.
+
+        Indices outside [0, num_samples) raise ValueError on a CPU, a device assert on CUDA.
+        """
+        shard = Shard(self.group, self.world, self.first, self.num_samples)
+        x, labels = self._rows(features, index)
+        labels = gather(labels, shard) - self.first
+        rows, classes = None, self.num_samples
+        if self.training and self.sample_rate < 1:
+            rows, labels = self._sample(labels)
+            classes = sum(self._sample_sizes())
+        fused = self.optimizer is not None and self.training and torch.is_grad_enabled()
+        if fused and not x.requires_grad:
+            x = (
+                x.detach().requires_grad_()
+            )  # the update happens in backward(), so there must be one
+        weight = self.weight if rows is None else self.weight.index_select(0, rows)
+        x, w, _ = cast_for_product(x, weight, None)
+        x = gather_inputs(x, shard)
+        keep = keeps_exponentials(self.save, x, len(w))
+        if fused:
+            copy = None if w is self.weight else w
+            statistics = class_statistics_updating(
+                x, copy, labels, keep, rows, *self._state(), *self._rule()
+            )
+        else:
+            statistics = class_statistics(x, w, None, labels, keep)
+        lse, target, total, low, _, _ = statistics
+        lse, low, target, total = combine_lse(lse, low, [target, total], shard)
+        loss = smoothed_rows(lse, low, target, total, classes, self.label_smoothing).mean()
+        return plain_loss(loss, FUSED_ONLY) if fused else loss
+
+    def refuse_unless_plain(
+        self, *, clip_norm: float | None = None, accumulate: int = 1, grad_scaler: bool = False
+    ) -> None:
+        """ValueError where a trainer's settings need a gradient that the fused mode never forms."""
+        if self.optimizer is None:
+            return
+        wanted = {
+            "clipping by a global norm": clip_norm is not None,
+            "gradient accumulation": accumulate != 1,
+            "a GradScaler": grad_scaler,
+        }
+        for name, asked in wanted.items():
+            if asked:
+                raise ValueError(
+                    f"DIETHead: {name} needs the weight's gradient, which the fused optimizer "
+                    "never forms; use optimizer=None and an optimizer of your own"
+                )
+
+    def extra_repr(self) -> str:
+        return f"{self.num_samples}, {self.dim}, optimizer={self.optimizer}"
+
+    def _rows(self, features: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Features as (V * N, D) and their classes (V * N,), checked."""
+        if features.ndim not in (2, 3) or features.shape[-1] != self.dim:
+            raise ValueError(
+                f"DIETHead: features have shape {tuple(features.shape)}; wanted (N, {self.dim}) or "
+                f"(V, N, {self.dim})"
+            )
+        if index.dtype != torch.int64 or index.shape != features.shape[-2:-1]:
+            raise ValueError(
+                f"DIETHead: index is {tuple(index.shape)} {index.dtype}; wanted "
+                f"({features.shape[-2]},) int64, one image for each row of a view"
+            )
+        labels = checked(
+            index,
+            (index >= 0) & (index < self.num_samples),
+            f"DIETHead: an index lies outside [0, {self.num_samples}); build the head with as many "
+            "samples as the data set has",
         )
+        views = features.numel() // (len(index) * self.dim)
+        return features.reshape(-1, self.dim), labels.repeat(views)
+
+    def _state(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return self.weight, self.exp_avg, self.exp_avg_sq, self.step, self._rate
+
+    def _rule(self) -> tuple[str, float, float, float, float]:
+        first, second = self.betas if self.optimizer == "adamw" else (self.momentum, 0.0)
+        return str(self.optimizer), first, second, EPS, self.weight_decay
+
+    def _sample_sizes(self) -> list[int]:
+        """Classes that each rank samples."""
+        sizes = shard_sizes(self.num_samples, self.world)
+        return [math.ceil(self.sample_rate * size) for size in sizes]
+
+    def _sample(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """This step's classes (S,) of this rank, ascending, and labels (N,) counted among them.
+
+        A hash of (seed, draw, class) orders the classes; the batch's own come first.
+        """
+        classes = len(self.weight)
+        size = math.ceil(self.sample_rate * classes)
+        if len(labels) > size:
+            raise ValueError(
+                f"DIETHead: sample_rate={self.sample_rate} leaves {size} of {classes} classes, "
+                f"fewer than a batch's {len(labels)} rows; raise it or make the batch smaller"
+            )
+        own = (labels >= 0) & (labels < classes)
+        key = _hash(
+            torch.arange(self.first, self.first + classes + 1, device=labels.device), self.seed
+        )
+        key = _hash(key, self.draws)
+        key[labels.where(own, classes)] = torch.iinfo(torch.int64).min  # one spare slot at the end
+        rows = key[:classes].topk(size, largest=False).indices.sort().values
+        self.draws += 1
+        return rows, torch.searchsorted(rows, labels).where(own, -1)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        shard = Shard(self.group, self.world, self.first, self.num_samples)
+        for name in ("weight", "exp_avg", "exp_avg_sq"):
+            value = destination[prefix + name]
+            if len(value):
+                destination[prefix + name] = gather_shards(value, shard)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *arguments: Any) -> None:
+        own = dict(state_dict)
+        for name in ("weight", "exp_avg", "exp_avg_sq"):
+            mine, value = getattr(self, name), state_dict.get(prefix + name)
+            if value is None:
+                continue  # the caller's `strict` decides
+            wanted = (self.num_samples, self.dim) if len(mine) else (0,)
+            if tuple(value.shape) != wanted:
+                raise ValueError(
+                    f"DIETHead: the state's {name} is {tuple(value.shape)}, this head's "
+                    f"{wanted}; build it with the saved num_samples, dim and optimizer"
+                )
+            if len(mine):
+                own[prefix + name] = value[self.first : self.first + len(mine)]
+        super()._load_from_state_dict(own, prefix, *arguments)
+
+
+def _initial_weight(num_samples: int, dim: int, first: int, rows: int) -> Tensor:
+    """`rows` rows from `first` on of what nn.Linear draws, the same for any sharding. (rows, D)"""
+    bound, stop = 1 / math.sqrt(dim), first + rows
+    parts = []
+    for start in range(0, num_samples, INIT_ROWS):
+        block = torch.empty(min(INIT_ROWS, num_samples - start), dim).uniform_(-bound, bound)
+        parts.append(block[max(first - start, 0) : max(stop - start, 0)].clone())
+    return torch.cat(parts)
+
+
+def _hash(x: Tensor, seed: Tensor | int) -> Tensor:
+    """int64 -> int64, well mixed: the finalizer of splitmix64 (doi:10.1145/2660193.2660195)."""
+    x = (x + seed) * -7046029254386353131
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+
+
+def _check_sizes(
+    num_samples: int, dim: int, label_smoothing: float, sample_rate: float, save: str
+) -> None:
+    if num_samples < 1 or dim < 1:
+        raise ValueError(
+            f"DIETHead: got {num_samples} samples of width {dim}; both must be positive"
+        )
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"DIETHead: label_smoothing={label_smoothing} lies outside [0, 1]")
+    if not 0 < sample_rate <= 1:
+        raise ValueError(f"DIETHead: sample_rate={sample_rate} lies outside (0, 1]")
+    if save not in ("auto", "exp", "none"):
+        raise ValueError(f"DIETHead: save={save!r}; choose 'auto', 'exp' or 'none'")
+
+
+def _check_rule(
+    optimizer: str | None,
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    momentum: float,
+    dtype: torch.dtype,
+) -> None:
+    if optimizer not in (None, "adamw", "sgd"):
+        raise ValueError(f"DIETHead: optimizer={optimizer!r}; choose None, 'adamw' or 'sgd'")
+    if lr < 0 or weight_decay < 0 or not 0 <= momentum < 1:
+        raise ValueError(
+            f"DIETHead: lr={lr}, weight_decay={weight_decay}, momentum={momentum}; none may be "
+            "negative, and momentum must be below 1"
+        )
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"DIETHead: betas={betas}; both must lie in [0, 1)")
+    if not dtype.is_floating_point:
+        raise ValueError(f"DIETHead: dtype={dtype}; wanted floating point")

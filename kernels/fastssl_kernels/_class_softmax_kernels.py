@@ -1,0 +1,286 @@
+"""Triton kernels of _class_softmax.py: statistics of logits tiles, blocks of their gradient.
+
+A program of the statistics kernel holds BLOCK_N rows and walks over a span of classes with a
+running maximum, so partial results are four numbers for each row and span. Rows vary fastest over
+programs: all rows meet a tile of weights while it is in the L2 cache. The class tile is the same in
+the forward and in the recompute.
+
+Shapes: N batch, D embedding, K classes, C classes in a block.
+"""
+
+# mypy: allow-untyped-defs
+# (Triton kernels and autograd callbacks carry no types.)
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastssl_kernels._launch import architecture
+
+PROGRAMS = 1056  # eight rounds on an H200's 132 multiprocessors, one program on each at a time
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+def tile(x: Tensor, extra: bool) -> dict[str, int]:
+    """Tile sides, warps and stages for logits of x's dtype; each compiles without spills.
+
+    extra: a bias or saved exponentials, which need registers.
+    """
+    if x.dtype == torch.float32:
+        sides = {"BLOCK_N": 32 if extra else 64, "BLOCK_K": 64, "BLOCK_D": 32}
+        return {**sides, "num_warps": 4, "num_stages": 3}
+    if extra:
+        rows, classes = 64, 128
+    else:
+        rows, classes = {90: (128, 256), 100: (128, 64)}.get(architecture(x), (128, 128))
+    sides = {"BLOCK_N": rows, "BLOCK_K": classes, "BLOCK_D": 64}
+    return {**sides, "num_warps": 8, "num_stages": 3}
+
+
+def dot_precision(x: Tensor) -> str:
+    """How tl.dot multiplies float32: as torch.matmul was told to. Other types have one way."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def block_classes(n: int) -> int:
+    """Classes in a block of G: about 2^24 entries, 32 MiB in bf16, which an H200's L2 holds."""
+    return max(256, min(8192, 2**24 // n // 256 * 256))
+
+
+@triton.jit
+def logits_tile(
+    x_ptr,
+    w_ptr,
+    rows,
+    classes,
+    D,
+    BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """x[rows] @ w[classes].T in float32; rows and classes must lie inside."""
+    x_ptrs = x_ptr + rows.to(tl.int64)[:, None] * D
+    w_ptrs = w_ptr + classes.to(tl.int64)[None, :] * D  # int64: K * D passes 2^31
+    z = tl.zeros((rows.shape[0], classes.shape[0]), tl.float32)
+    for d in range(0, D, BLOCK_D):
+        cols = d + tl.arange(0, BLOCK_D)
+        if EVEN_D:
+            x = tl.load(x_ptrs + cols[None, :])
+            w = tl.load(w_ptrs + cols[:, None])
+        else:
+            x = tl.load(x_ptrs + cols[None, :], mask=cols[None, :] < D, other=0.0)
+            w = tl.load(w_ptrs + cols[:, None], mask=cols[:, None] < D, other=0.0)
+        z = tl.dot(x, w, z, input_precision=PRECISION)
+    return z
+
+
+@triton.jit
+def _statistics_kernel(
+    x_ptr,
+    w_ptr,
+    bias_ptr,
+    labels_ptr,
+    partial_ptr,  # (4, spans, N): maximum, sum of exponentials, target, sum
+    exp_ptr,  # (ceil(K / C), N, C)
+    reference_ptr,  # (ceil(K / BLOCK_K), N)
+    N,
+    K,
+    D,
+    C,
+    span,
+    HAS_BIAS: tl.constexpr,
+    SAVE: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row_tiles = tl.cdiv(N, BLOCK_N)
+    part = tl.program_id(0) // row_tiles
+    rows = (tl.program_id(0) % row_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    real = rows < N
+    near = tl.minimum(rows, N - 1)
+    n = tl.full((), 0, tl.int64) + N  # int64: N * K passes 2^31
+    label = tl.load(labels_ptr + near).to(tl.int32)  # int64 compares would cost twice the registers
+    top = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+    exps = tl.zeros((BLOCK_N,), tl.float32)
+    target = tl.zeros((BLOCK_N,), tl.float32)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for start in range(part * span, tl.minimum(part * span + span, K), BLOCK_K):
+        classes = start + tl.arange(0, BLOCK_K)
+        here = tl.minimum(classes, K - 1)
+        z = logits_tile(x_ptr, w_ptr, near, here, D, BLOCK_D, EVEN_D, PRECISION)
+        if HAS_BIAS:
+            z += tl.load(bias_ptr + here).to(tl.float32)[None, :]
+        inside = (classes < K)[None, :]
+        total += tl.sum(tl.where(inside, z, 0.0), 1)
+        target += tl.sum(tl.where(inside & (classes[None, :] == label[:, None]), z, 0.0), 1)
+        z = tl.where(inside, z, float("-inf"))
+        higher = tl.maximum(top, tl.max(z, 1))
+        e = tl.exp2((z - higher[:, None]) * LOG2E)
+        exps = exps * tl.exp2((top - higher) * LOG2E) + tl.sum(e, 1)
+        top = higher
+        if SAVE:
+            at = ((start // C) * n + rows)[:, None] * C + start % C + tl.arange(0, BLOCK_K)[None, :]
+            tl.store(exp_ptr + at, e.to(exp_ptr.dtype.element_ty), mask=real[:, None] & inside)
+            tl.store(reference_ptr + (start // BLOCK_K) * n + rows, higher, mask=real)
+    slots = tl.num_programs(0) // row_tiles * N
+    out = partial_ptr + part * N + rows
+    tl.store(out, top, mask=real)
+    tl.store(out + slots, exps, mask=real)
+    tl.store(out + 2 * slots, target, mask=real)
+    tl.store(out + 3 * slots, total, mask=real)
+
+
+def statistics(
+    x: Tensor, w: Tensor, bias: Tensor | None, labels: Tensor, save: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """lse, target, sum, low (N,) float32; exponentials (ceil(K / C), N, C) and references."""
+    n, classes, dim = len(x), len(w), x.shape[1]
+    config = tile(x, save or bias is not None)
+    row_tiles = triton.cdiv(n, config["BLOCK_N"])
+    class_tiles = triton.cdiv(classes, config["BLOCK_K"])
+    span_tiles = triton.cdiv(class_tiles, max(1, PROGRAMS // row_tiles))
+    spans = triton.cdiv(class_tiles, span_tiles)
+    partial = x.new_empty(4, spans, n, dtype=torch.float32)
+    exponentials, references = saved_like(x, classes, save)
+    _statistics_kernel[(row_tiles * spans,)](
+        x,
+        w,
+        w if bias is None else bias,
+        labels,
+        partial,
+        exponentials,
+        references,
+        n,
+        classes,
+        dim,
+        block_classes(n),
+        span_tiles * config["BLOCK_K"],
+        HAS_BIAS=bias is not None,
+        SAVE=save,
+        EVEN_D=dim % config["BLOCK_D"] == 0,
+        PRECISION=dot_precision(x),
+        **config,
+    )
+    lse, low = log_sum(partial[0], partial[1])
+    # sums in a fixed order: the same input gives the same bits
+    return lse, partial[2].sum(0), partial[3].sum(0), low, exponentials, references
+
+
+def log_sum(tops: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+    """log sum_b sums_b exp(tops_b), rounded, and what rounding left. (B, N) -> (N,), (N,)"""
+    top = tops.amax(0)
+    log = (sums * (tops - top).exp()).sum(0).log()
+    lse = top + log
+    part = lse - top  # Knuth's two-sum
+    return lse, (top - (lse - part)) + (log - part)
+
+
+def saved_like(x: Tensor, classes: int, save: bool) -> tuple[Tensor, Tensor]:
+    """Empty tensors for exponentials and their references; without `save` of no elements.
+
+    Two-byte inputs keep exponentials as float16: they lie in [0, 1] and gain three bits over bf16.
+    """
+    n, size = len(x), block_classes(len(x))
+    dtype = torch.float32 if x.dtype == torch.float32 else torch.float16
+    if not save:
+        return x.new_empty(0, dtype=dtype), x.new_empty(0, dtype=torch.float32)
+    exponentials = x.new_empty(triton.cdiv(classes, size), n, size, dtype=dtype)
+    tiles = triton.cdiv(classes, tile(x, True)["BLOCK_K"])
+    return exponentials, x.new_empty(tiles, n, dtype=torch.float32)
+
+
+@triton.jit
+def _gradient_kernel(
+    x_ptr,
+    w_ptr,
+    bias_ptr,
+    labels_ptr,
+    lse_ptr,
+    grads_ptr,  # (3, N): of lse, the target's entry, of sum
+    exp_ptr,  # (N, C), this block's
+    reference_ptr,  # (tiles, N), from this block's first tile on
+    g_ptr,  # (N, C)
+    first,  # this block's first class
+    stop,
+    N,
+    D,
+    C,
+    HAS_BIAS: tl.constexpr,
+    SAVED: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row_tiles = tl.cdiv(N, BLOCK_N)
+    column_tile = tl.program_id(0) // row_tiles
+    rows = (tl.program_id(0) % row_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = column_tile * BLOCK_K + tl.arange(0, BLOCK_K)
+    classes = first + columns
+    inside = (rows < N)[:, None] & (classes < stop)[None, :]
+    near = tl.minimum(rows, N - 1)
+    at = rows.to(tl.int64)[:, None] * C + columns[None, :]
+    lse = tl.load(lse_ptr + near)
+    g_lse = tl.load(grads_ptr + near)
+    entry = tl.load(grads_ptr + N + near)
+    g_sum = tl.load(grads_ptr + 2 * N + near)
+    if SAVED:
+        e = tl.load(exp_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        reference = tl.load(reference_ptr + column_tile.to(tl.int64) * N + near)
+        p = e * tl.exp2((reference - lse) * LOG2E)[:, None]
+    else:
+        here = tl.minimum(classes, stop - 1)
+        z = logits_tile(x_ptr, w_ptr, near, here, D, BLOCK_D, EVEN_D, PRECISION)
+        if HAS_BIAS:
+            z += tl.load(bias_ptr + here).to(tl.float32)[None, :]
+        p = tl.exp2((z - lse[:, None]) * LOG2E)
+    own = classes[None, :] == tl.load(labels_ptr + near).to(tl.int32)[:, None]
+    g = tl.where(own, entry[:, None], g_lse[:, None] * p + g_sum[:, None])  # in float32
+    tl.store(g_ptr + at, g.to(g_ptr.dtype.element_ty), mask=inside)
+
+
+def gradient_block(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    lse: Tensor,
+    grads: Tensor,
+    exponentials: Tensor,
+    references: Tensor,
+    start: int,
+    stop: int,
+) -> Tensor:
+    """G (N, stop - start) in x's dtype. grads (3, N): of lse, the target's entry, of sum."""
+    n, dim, size = len(x), x.shape[1], block_classes(len(x))
+    save = len(exponentials) > 0
+    config = tile(x, save or bias is not None)
+    g = x.new_empty(n, size)
+    programs = triton.cdiv(n, config["BLOCK_N"]) * triton.cdiv(stop - start, config["BLOCK_K"])
+    _gradient_kernel[(programs,)](
+        x,
+        w,
+        w if bias is None else bias,
+        labels,
+        lse,
+        grads,
+        exponentials[start // size] if save else exponentials,
+        references[start // config["BLOCK_K"] :] if save else references,
+        g,
+        start,
+        stop,
+        n,
+        dim,
+        size,
+        HAS_BIAS=bias is not None,
+        SAVED=save,
+        EVEN_D=dim % config["BLOCK_D"] == 0,
+        PRECISION=dot_precision(x),
+        **config,
+    )
+    return g[:, : stop - start]

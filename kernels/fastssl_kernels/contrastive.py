@@ -1,0 +1,200 @@
+"""InfoNCE and NT-Xent: a softmax with the batch as its classes, no similarity matrix.
+
+    NT-Xent   mean_i [ log sum_{j != i} exp(f(c_ij) / t) - mean_{p in P(i)} f(c_ip) / t ]
+    InfoNCE   mean_i [ log sum_j exp(c_ij / t) - c_ii / t ],   averaged with the same over columns
+
+c is the cosine similarity, of all views of all images (arXiv:2002.05709, eq. 1; P(i) are the other
+views of i's image, arXiv:2004.11362, eq. 2) or of queries and keys (arXiv:1807.03748, eq. 4;
+symmetric as in arXiv:2103.00020, Fig. 3). f is the identity, or the square or the absolute value,
+for which the criterion is sample-contrastive (arXiv:2206.02574, section 3).
+
+Shapes: V views, N batch, M keys, D embedding.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastssl_kernels._class_shards import (
+    Shard,
+    combine_lse,
+    gather,
+    gather_inputs,
+    sum_ranks,
+    times_world,
+)
+from fastssl_kernels._class_softmax import work_dtype
+from fastssl_kernels._group import group_name
+from fastssl_kernels._similarity import KINDS, self_similarity_lse, similarity_lse
+from fastssl_kernels._views import stack_views
+from fastssl_kernels.linear_cross_entropy import cast_for_product
+
+
+def nt_xent_loss_reference(
+    views: Tensor | Sequence[Tensor],
+    *,
+    temperature: float | Tensor = 0.5,
+    similarity: str = "cosine",
+) -> Tensor:
+    """NT-Xent in eager PyTorch: any device, any dtype. (V, N, D) -> ()"""
+    z = F.normalize(torch.stack(tuple(views)), dim=2)
+    count, n = z.shape[:2]
+    s = _shape(z.flatten(0, 1) @ z.flatten(0, 1).T, similarity) / temperature  # (V N, V N)
+    own = torch.eye(count * n, dtype=torch.bool, device=z.device)
+    image = torch.arange(n, device=z.device).repeat(count)
+    positive = (image == image[:, None]) & ~own
+    lse = s.masked_fill(own, -torch.inf).logsumexp(1)
+    return (lse - s.where(positive, 0).sum(1) / (count - 1)).mean()
+
+
+def info_nce_loss_reference(
+    queries: Tensor, keys: Tensor, *, temperature: float | Tensor, symmetric: bool = True
+) -> Tensor:
+    """InfoNCE in eager PyTorch: any device, any dtype. (N, D), (M, D) -> ()"""
+    s = F.normalize(queries, dim=1) @ F.normalize(keys, dim=1).T / temperature
+    label = torch.arange(len(queries), device=queries.device)
+    rows = F.cross_entropy(s, label)
+    return (rows + F.cross_entropy(s.T, label)) / 2 if symmetric else rows
+
+
+def nt_xent_loss(
+    views: Tensor | Sequence[Tensor],
+    *,
+    temperature: float | Tensor = 0.5,
+    similarity: str = "cosine",
+    group: Any = None,
+) -> Tensor:
+    """NT-Xent (SimCLR's loss) of V >= 2 views, (V, N, D) or V tensors (N, D) -> (), float32.
+
+    Every other row is a negative or a positive; with V > 2 the positives' terms are averaged
+    outside the logarithm. Rows are normalised here. float64 for float64 views.
+
+    temperature: a positive number, or a tensor (), which gets its gradient.
+    similarity: "cosine", or its "squared" or "absolute" value (arXiv:2206.02574).
+    group: ranks whose batches are contrasted together, each of N rows. The loss is that of the
+        whole batch on every rank; gradients carry the factor of the world size that data-parallel
+        averaging removes.
+
+    ValueError on other shapes, dtypes, temperatures or similarities, a foreign group.
+    """
+    z = stack_views(views, "nt_xent_loss")
+    _check_options(temperature, similarity, "nt_xent_loss")
+    group_name(group, "nt_xent_loss")
+    shard = Shard.batch(z.shape[0] * z.shape[1], group)
+    z = _normalised(z) * _factor(temperature, similarity)
+    z = cast_for_product(z, z, None)[0]
+    if group is None:
+        lse = self_similarity_lse(z.flatten(0, 1), KINDS[similarity])
+    else:
+        everything = gather_inputs(z.flatten(0, 1), shard)
+        z = times_world(z, shard)
+        first = int(shard.first)
+        lse, _ = similarity_lse(z.flatten(0, 1), everything, first, KINDS[similarity], False)
+    pairs = _shape(torch.einsum("and,bnd->abn", *[z.to(work_dtype(z))] * 2), similarity)
+    others = 1 - torch.eye(len(z), dtype=pairs.dtype, device=z.device)
+    positives = (pairs * others[:, :, None]).sum(1).flatten() / (len(z) - 1)  # (V N,)
+    return sum_ranks((lse - positives).sum(), shard) / shard.classes  # rows first: less cancels
+
+
+def info_nce_loss(
+    queries: Tensor,
+    keys: Tensor,
+    *,
+    temperature: float | Tensor,
+    symmetric: bool = True,
+    group: Any = None,
+) -> Tensor:
+    """InfoNCE of queries (N, D), each with the key of the same row as positive -> (), float32.
+
+    Keys (M, D): M = N, or with symmetric=False M >= N, the rows from N on being further negatives
+    (a queue). Rows are normalised here. float64 for float64 inputs. temperature and group are those
+    of nt_xent_loss; in a group every rank brings as many queries and keys, M = N.
+
+    ValueError on other shapes, dtypes or temperatures, a foreign group.
+    """
+    _check_pair(queries, keys, symmetric, group)
+    _check_options(temperature, "cosine", "info_nce_loss")
+    group_name(group, "info_nce_loss")
+    shard = Shard.batch(len(queries), group)
+    factor = _factor(temperature, "cosine")
+    q, k, _ = cast_for_product(_normalised(queries) * factor, _normalised(keys) * factor, None)
+    everything = gather_inputs(k, shard)
+    q, k = times_world(q, shard), times_world(k, shard)
+    row, col = similarity_lse(q, everything, -1, KINDS["cosine"], symmetric)
+    positives = (q.to(row.dtype) * k[: len(q)].to(row.dtype)).sum(1)  # (N,)
+    rows = sum_ranks((row - positives).sum(), shard)
+    if not symmetric:
+        return rows / shard.classes
+    col = combine_lse(col, torch.zeros_like(col), [], shard)[0]  # of all ranks' keys
+    fixed = positives.detach()  # in value, each column's; in gradient, this rank's
+    columns = (col - gather(fixed, shard)).sum() - sum_ranks((positives - fixed).sum(), shard)
+    return (rows + columns) / (2 * shard.classes)
+
+
+class NTXentLoss(nn.Module):
+    """nt_xent_loss of two views in lightly's module form: same arguments, same values.
+
+    gather_distributed: contrast the batches of all ranks, if there are any. The value is then the
+        mean over all ranks' rows, on every rank.
+    """
+
+    def __init__(self, temperature: float = 0.5, gather_distributed: bool = False) -> None:
+        super().__init__()
+        _check_options(temperature, "cosine", "NTXentLoss")
+        self.temperature = temperature
+        self.gather_distributed = gather_distributed
+
+    def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
+        """(N, D), (N, D) -> ()"""
+        ranks = self.gather_distributed and dist.is_available() and dist.is_initialized()
+        group = dist.group.WORLD if ranks else None
+        return nt_xent_loss((out0, out1), temperature=self.temperature, group=group)
+
+
+def _normalised(z: Tensor) -> Tensor:
+    """Rows of norm 1, in float32 or float64."""
+    return F.normalize(z.to(work_dtype(z)), dim=-1)
+
+
+def _factor(temperature: float | Tensor, similarity: str) -> float | Tensor:
+    """What both sides are multiplied by so that f of their product is f(cosine) / temperature."""
+    return temperature ** (-0.25 if similarity == "squared" else -0.5)
+
+
+def _shape(s: Tensor, similarity: str) -> Tensor:
+    return {"cosine": s, "squared": s.square(), "absolute": s.abs()}[similarity]
+
+
+def _check_options(temperature: float | Tensor, similarity: str, name: str) -> None:
+    if isinstance(temperature, Tensor):
+        if temperature.ndim or not temperature.is_floating_point():
+            shape = f"{tuple(temperature.shape)} {temperature.dtype}"
+            raise ValueError(f"{name}: temperature is {shape}; wanted a number or a tensor ()")
+    elif not temperature > 0:
+        raise ValueError(f"{name}: temperature is {temperature}; it must be positive")
+    if similarity not in KINDS:
+        raise ValueError(f"{name}: similarity={similarity!r}; choose one of {list(KINDS)}")
+
+
+def _check_pair(queries: Tensor, keys: Tensor, symmetric: bool, group: Any) -> None:
+    def refuse(what: str) -> None:
+        raise ValueError(f"info_nce_loss: {what}")
+
+    shapes = f"queries {tuple(queries.shape)} and keys {tuple(keys.shape)}"
+    if queries.ndim != 2 or keys.ndim != 2 or queries.shape[1] != keys.shape[1]:
+        refuse(f"got {shapes}; wanted (N, D) and (M, D)")
+    if 0 in (*queries.shape, *keys.shape):
+        refuse(f"got {shapes}; nothing may be empty")
+    if len(keys) < len(queries) or (len(keys) > len(queries) and (symmetric or group is not None)):
+        refuse(
+            f"got {shapes}; wanted as many keys as queries, or with symmetric=False and no group "
+            "more keys, the further ones being negatives"
+        )
+    if queries.dtype != keys.dtype or not queries.is_floating_point():
+        refuse(f"got dtypes {queries.dtype} and {keys.dtype}; wanted one floating-point dtype")
+    if queries.device != keys.device:
+        refuse(f"queries are on {queries.device}, keys on {keys.device}; move them to one device")

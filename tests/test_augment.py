@@ -1,0 +1,380 @@
+"""Pixels: the reference against torchvision and Pillow, the fast back ends against the
+reference."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as tv
+
+from fastssl_pipelines.augment import Images, Params, as_images, cpu, cuda, draws, reference
+from fastssl_pipelines.augment.affine import color_maps
+from fastssl_pipelines.spec import View, view_fields
+from tests.offline import Kernel, assert_ships, compile_offline
+
+LEVEL = 1 / 255
+PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+EVERYTHING = View(
+    size=32,
+    jitter=(0.4, 0.4, 0.4, 0.2),
+    jitter_p=0.8,
+    gray=0.2,
+    blur=0.5,
+    solarize=0.3,
+    erase=0.3,
+    **PLAIN,
+)
+BACK_ENDS = {"cpu": cpu, "cuda": cuda}
+
+
+@pytest.fixture(scope="module")
+def photos(data: Path) -> list[Tensor]:
+    """Real photographs of odd sizes, (H, W, 3) uint8, at most 200 px a side."""
+    files = sorted((data / "imagenet-samples").glob("*.JPEG"))[::25]
+    images = [Image.open(f).convert("RGB") for f in files]
+    for image in images:
+        image.thumbnail((200, 200))
+    return [torch.from_numpy(np.array(image)) for image in images]
+
+
+@pytest.fixture(scope="module")
+def small(photos: list[Tensor]) -> Images:
+    """24 real 32 x 32 images."""
+    crops = [p[i : i + 32, j : j + 32] for p in photos for i in (10, 40, 70) for j in (5, 60)]
+    return as_images(torch.stack([c for c in crops if c.shape == (32, 32, 3)][:24]))
+
+
+def table_of(images: Images, view: View, seed: int = 0, number: int = 0) -> Tensor:
+    index = torch.arange(images.count)
+    return reference.draw((view,), seed, 2, index, images.place, number)
+
+
+def show(images: Images, table: Tensor, view: View, back_end=reference, quality="exact") -> Tensor:
+    """(N, 3, S, S) on the CPU in fp32, by one back end."""
+    device = "cuda" if back_end is cuda and torch.cuda.is_available() else "cpu"
+    rendered = back_end.render(images.to(device), table.to(device), view, quality)[0]
+    return rendered.float().cpu()
+
+
+def torchvision_view(image: Tensor, row: Params, view: View) -> Tensor:
+    """One sample by torchvision's float functionals with the given parameters. -> (3, S, S)"""
+    p = {name: float(row[name]) for name in draws.COLUMNS}
+    x = image.permute(2, 0, 1).float() / 255
+    box = (int(p[k]) for k in ("top", "left", "height", "width"))
+    mode = v2.InterpolationMode(view.interpolation)
+    x = tv.resized_crop(x, *box, [view.size, view.size], mode, antialias=True).clamp(0, 1)
+    x = tv.horizontal_flip(x) if p["flip"] else x
+    steps: list[Callable[[Tensor], Tensor]] = [
+        lambda x: tv.adjust_brightness(x, p["brightness"]),
+        lambda x: tv.adjust_contrast(x, p["contrast"]),
+        lambda x: tv.adjust_saturation(x, p["saturation"]),
+        lambda x: tv.adjust_hue(x, p["hue"]),
+    ]
+    for slot in range(4):
+        step = int(p[f"step{slot}"])
+        x = steps[step](x) if step >= 0 else x
+    x = tv.rgb_to_grayscale(x, 3) if p["gray"] else x
+    if p["sigma"] > 0:
+        kernel = min(2 * int(np.ceil(6 * p["sigma"])) + 1, 2 * view.size - 1)
+        x = tv.gaussian_blur(x, [kernel, kernel], [p["sigma"], p["sigma"]])
+    x = tv.solarize(x, p["solarize"]) if p["solarize"] <= 1 else x
+    x = tv.normalize(x, list(view.mean), list(view.std))
+    top, left, height, width = (int(v) for v in row.table[0, -4:])
+    return tv.erase(x, top, left, height, width, torch.zeros(3, 1, 1)) if height else x
+
+
+def by_torchvision(images: Images, table: Tensor, view: View) -> Tensor:
+    rows = [Params(row[None]) for row in table[0]]
+    pairs = zip((images.pixels(i) for i in range(images.count)), rows, strict=True)
+    return torch.stack([torchvision_view(image, row, view) for image, row in pairs])
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [32, 75])
+def test_reference_is_torchvision_without_hue(photos, interpolation, size):
+    view = replace(
+        EVERYTHING, size=size, interpolation=interpolation, jitter=(0.4, 0.4, 0.4, 0.0), blur=0.0
+    )
+    images = as_images(photos)
+    table = table_of(images, view)
+    off = (show(images, table, view) - by_torchvision(images, table, view)).abs()
+    assert off.mean() <= 0.25 * LEVEL and off.max() <= LEVEL
+
+
+def test_reference_is_torchvision_with_hue(small):
+    view = replace(EVERYTHING, jitter=(0.4, 0.4, 0.4, 0.2), jitter_p=1.0, blur=0.0, solarize=0.0)
+    offs = []
+    for seed in range(4):
+        table = table_of(small, view, seed)
+        offs.append((show(small, table, view) - by_torchvision(small, table, view)).abs())
+    off = torch.stack(offs).flatten()
+    assert off.mean() <= 0.25 * LEVEL
+    assert (off > LEVEL).float().mean() <= 0.001  # next to a discontinuity of the hue
+
+
+def resized_by_pillow(crop: Tensor, size: int, view: View, mode: str) -> Tensor:
+    """(H, W, 3) -> (3, S, S), levels. Mode "F" resizes each channel in floats, "L" in bytes."""
+    how = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+    dtype = np.float32 if mode == "F" else np.uint8
+    planes = [Image.fromarray(plane.numpy().astype(dtype)) for plane in crop.unbind(2)]
+    resized = [plane.resize((size, size), how[view.interpolation]) for plane in planes]
+    return torch.stack([torch.from_numpy(np.array(p, np.float32)) for p in resized]).clamp(0, 255)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [20, 64, 130])
+def test_resize_is_pillows(photos, interpolation, size):
+    """Resize alone, within one level of Pillow.
+
+    In bytes, Pillow also clips to 0..255 between the two axes; where bicubic overshoots a sharp
+    edge that is worth up to 6 levels on 0.02 % of these pixels. Its float mode, which does not, is
+    met.
+    """
+    view = View(size=size, interpolation=interpolation, flip=0.0, **PLAIN)
+    images = as_images(photos)
+    table = table_of(images, view)
+    off = []
+    for i, (top, left, height, width) in enumerate(table[0, :, :4].int().tolist()):
+        crop = images.pixels(i)[top : top + height, left : left + width]
+        ours = show(as_images([images.pixels(i)]), table[:, i : i + 1], view)[0] * 255
+        assert (ours - resized_by_pillow(crop, size, view, "F")).abs().max() <= 0.01
+        off.append((ours.round() - resized_by_pillow(crop, size, view, "L")).abs().flatten())
+    beyond = (torch.cat(off) > 1).float().mean()
+    assert beyond == 0 if interpolation == "bilinear" else beyond <= 0.0005
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.5, 1.0, 2.0])
+def test_blur_is_torchvisions(small, sigma):
+    view = replace(EVERYTHING, jitter_p=0.0, gray=0.0, solarize=0.0, erase=0.0)
+    table = table_of(small, view)
+    table[..., draws.SIGMA] = sigma
+    error = (show(small, table, view) - by_torchvision(small, table, view)).square().mean()
+    assert -10 * torch.log10(error) >= 45  # dB
+
+
+def test_blur_wider_than_the_view_is_a_blur():
+    """A radius beyond the border is cut there: the reflection has no more pixels to give."""
+    images = as_images(torch.randint(0, 256, (4, 9, 9, 3), dtype=torch.uint8))
+    view = replace(EVERYTHING, size=4, jitter_p=0.0, gray=0.0, solarize=0.0, erase=0.0)
+    table = table_of(images, view)
+    table[..., draws.SIGMA] = 50.0
+    flat = show(images, table, view)
+    table[..., draws.SIGMA] = 0.0
+    assert flat.std((2, 3)).max() < 0.25 * show(images, table, view).std((2, 3)).max()
+    for back_end in BACK_ENDS.values():
+        table[..., draws.SIGMA] = 50.0
+        assert (show(images, table, view, back_end) - flat).abs().max() <= LEVEL
+
+
+LOOKS = {
+    "32": {},
+    "bicubic 28, channels last": {"size": 28, "interpolation": "bicubic", "channels_last": True},
+    "16": {"size": 16},
+    "64": {"size": 64},
+    "1": {"size": 1},
+    "bicubic 71": {"size": 71, "interpolation": "bicubic"},  # tiles, the last ones partly outside
+    "half 130": {"size": 130, "dtype": torch.float16, "channels_last": True},
+}
+
+
+@pytest.mark.parametrize("quality", ["exact", "affine"])
+@pytest.mark.parametrize("back_end", BACK_ENDS)
+@pytest.mark.parametrize("look", LOOKS)
+def test_back_ends_are_the_reference(photos, small, look, back_end, quality):
+    view = replace(EVERYTHING, **LOOKS[look])
+    if view.size > 64 or look == "16":
+        images = as_images(photos[2:4] if back_end == "cuda" else photos)
+    else:
+        images = small.select(torch.arange(8)) if back_end == "cuda" else small
+    table = table_of(images, view, seed=3)
+    truth, got = (show(images, table, view, b, quality) for b in (reference, BACK_ENDS[back_end]))
+    assert got.isfinite().all()
+    assert (got - truth).abs().max() <= LEVEL + torch.finfo(view.dtype).eps
+    assert (got - truth).abs().mean() <= 0.25 * LEVEL
+
+
+@pytest.mark.parametrize("back_end", [reference, *BACK_ENDS.values()])
+def test_dtype_and_layout_of_the_output(small, back_end):
+    few = small.select(torch.arange(3))
+    for dtype in (torch.float32, torch.float16):
+        for last in (False, True):
+            view = replace(EVERYTHING, size=8, dtype=dtype, channels_last=last)
+            table = table_of(few, view)
+            out = back_end.render(few, torch.cat([table, table]), view, "exact")
+            assert out.shape == (2, 3, 3, 8, 8) and out.dtype == dtype
+            layout = torch.channels_last if last else torch.contiguous_format
+            assert out[1].is_contiguous(memory_format=layout)
+            assert torch.equal(out[0], out[1])
+
+
+# One change per field that must show, and what to look at beside it.
+CHANGES = {
+    "size": 24,
+    "scale": (0.5, 0.6),
+    "ratio": (2.0, 3.0),
+    "patch": 6,
+    "interpolation": "bicubic",
+    "flip": 1.0,
+    "jitter": (0.1, 0.1, 0.1, 0.5),
+    "jitter_p": 1.0,
+    "gray": 1.0,
+    "blur": 1.0,
+    "blur_sigma": (3.0, 4.0),
+    "solarize": 0.0,
+    "solarize_threshold": 0.2,
+    "erase": 1.0,
+    "erase_scale": (0.5, 0.6),
+    "erase_ratio": (3.0, 4.0),
+    "mean": (0.1, 0.2, 0.3),
+    "std": (0.3, 0.4, 0.5),
+    "dtype": torch.float16,
+    "channels_last": True,
+}
+
+
+@pytest.mark.parametrize(
+    "back_end", [reference, *BACK_ENDS.values()], ids=["reference", *BACK_ENDS]
+)
+@pytest.mark.parametrize("field", view_fields())
+def test_every_back_end_honours_every_field(small, field, back_end):
+    """A new field without a line in CHANGES fails here, as does a back end that ignores a field."""
+    few = small.select(torch.arange(4))
+    view = replace(EVERYTHING, size=20, solarize=1.0)
+    changed = replace(view, **{field: CHANGES[field]})
+    before, after = (
+        back_end.render(few, back_end.draw((v,), 0, 2, torch.arange(4), few.place, 0), v, "exact")[
+            0
+        ]
+        for v in (view, changed)
+    )
+    traits = [(x.shape, x.dtype, x.stride()) for x in (before, after)]
+    if traits[0] == traits[1]:
+        assert (before - after).abs().max() > LEVEL
+    else:
+        assert field in ("size", "dtype", "channels_last")
+
+
+def test_a_constant_image_stays_constant():
+    """Weights sum to one whatever the crop: no dark borders, no drift."""
+    images = as_images(
+        [torch.full((h, w, 3), 200, dtype=torch.uint8) for h, w in [(37, 90), (90, 37)]]
+    )
+    for size in (16, 70):
+        view = replace(EVERYTHING, size=size, jitter_p=0.0, blur=1.0, solarize=0.0, erase=0.0)
+        table = table_of(images, view)
+        for back_end in (reference, *BACK_ENDS.values()):
+            off = show(images, table, view, back_end) - 200 / 255
+            gray_loss = 1e-4  # luma weights sum to 0.9999
+            assert off.abs().max() <= gray_loss + 0.1 * LEVEL
+
+
+def test_affine_is_close_to_exact_for_gentle_jitter(small):
+    view = replace(EVERYTHING, jitter=(0.1, 0.0, 0.1, 0.03), jitter_p=1.0, blur=0.0, solarize=0.0)
+    table = table_of(small, view)
+    still = table.clone()
+    still[..., draws.STEP0 : draws.STEP3 + 1] = -1
+    exact, affine, none = (
+        show(small, table, view),
+        show(small, table, view, quality="affine"),
+        show(small, still, view),
+    )
+    assert (exact - affine).abs().mean() < 0.35 * (exact - none).abs().mean()
+
+
+def test_affine_map_turns_hue_the_right_way():
+    table = torch.zeros(1, len(draws.COLUMNS))
+    table[:, draws.STEP0 : draws.STEP3 + 1] = torch.tensor([3.0, -1, -1, -1])
+    table[:, draws.HUE] = 1 / 3
+    red = color_maps(table).view(3, 4)[:, 0]
+    assert red.argmax() == 1  # a third of a turn takes red to green
+
+
+def test_contrast_uses_this_views_own_mean(small):
+    """A fault that takes the batch's mean, or the image's, would pass for one image only."""
+    view = replace(EVERYTHING, jitter_p=0.0, gray=0.0, blur=0.0, solarize=0.0, erase=0.0)
+    table = table_of(small, view)
+    table[..., draws.STEP0] = 1
+    table[..., draws.CONTRAST] = 0.0
+    for back_end in (reference, *BACK_ENDS.values()):
+        flat = show(small, table, view, back_end)
+        assert flat.std((1, 2, 3)).max() < LEVEL
+        assert flat.mean((1, 2, 3)).std() > 10 * LEVEL
+
+
+def test_one_source_for_all_compilers():
+    """Formulas are compiled from draws.py and pixels.py: a faulty one shows in every back end."""
+    for back_end in (cpu._p, cuda._f):
+        theirs = getattr(back_end.turn_hue, "py_func", None) or back_end.turn_hue.fn
+        assert theirs.__code__ is reference.pixels.turn_hue.__code__
+
+
+MODULE = "fastssl_pipelines.augment.cuda"
+POINTERS = {
+    "flat_ptr": "*u8",
+    "place_ptr": "*i64",
+    "table_ptr": "*fp32",
+    "color_ptr": "*fp32",
+    "numbers_ptr": "*fp64",
+    "out_ptr": "*bf16",
+}
+COLUMNS = len(draws.COLUMNS)
+
+
+def render_kernels(cc: int) -> list[Kernel]:
+    """Every tile configuration that cuda.py launches."""
+    kernels = []
+    tile = {"COLUMNS": COLUMNS, "B": cuda.TILE, "W": cuda.WINDOW, "SIZE": 224, "LAST": True}
+    bytes_ = {"bytes_ptr": "*u8"}
+    counts = {"N": "i32", "G": "i32"}
+    for cubic in (False, True):
+        for affine in (False, True):
+            how = {"CUBIC": cubic, "AFFINE": affine}
+            for side, (window, warps) in cuda.WHOLE_TILES.items():
+                whole = tile | how | {"SIZE": side, "LAST": affine, "B": side, "W": window}
+                kernels.append(
+                    Kernel(f"{MODULE}:_whole_kernel", POINTERS | counts, whole, cc, warps, 1)
+                )
+            kernels.append(
+                Kernel(
+                    f"{MODULE}:_tiled_kernel",
+                    POINTERS | bytes_ | counts,
+                    tile | how,
+                    cc,
+                    cuda.WARPS,
+                    1,
+                )
+            )
+    unused = ("flat_ptr", "place_ptr", "color_ptr")
+    blur = {name: t for name, t in POINTERS.items() if name not in unused} | bytes_
+    kernels.append(Kernel(f"{MODULE}:_blur_kernel", blur, tile, cc, cuda.WARPS, 1))
+    return kernels
+
+
+def draw_kernel(cc: int) -> Kernel:
+    signature = {"table_ptr": "*fp32", "index_ptr": "*i64", "place_ptr": "*i64"}
+    signature |= {"numbers_ptr": "*fp64", "key_ptr": "*i64", "first": "i32", "N": "i32"}
+    numbers = len(draws.view_numbers(EVERYTHING))
+    sizes = {"COLUMNS": COLUMNS, "NUMBERS": numbers, "BLOCK": cuda.DRAW_BLOCK}
+    return Kernel(f"{MODULE}:_draw_kernel", signature, sizes, cc)
+
+
+def test_two_kernels_compile_for_hopper():
+    drawing, rendering = compile_offline([draw_kernel(90), render_kernels(90)[1]])
+    assert_ships(drawing, dot=False)
+    assert_ships(rendering, dot=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cc", [80, 90, 100])
+def test_every_tile_configuration_compiles_without_spills(cc):
+    for resources in compile_offline(render_kernels(cc)):
+        print(resources)
+        assert_ships(resources, dot=True)
+    (drawing,) = compile_offline([draw_kernel(cc)])
+    assert_ships(drawing, dot=False)

@@ -1,0 +1,225 @@
+"""Each drawn parameter has torchvision's distribution; three compilers draw the same bits."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from numpy.random import default_rng
+from scipy import stats
+from torchvision.transforms import v2
+
+from fastssl_pipelines.augment import Params, cpu, cuda, draw, reference
+from fastssl_pipelines.spec import View
+
+MANY = 1_000_000
+ALL = View(
+    size=32,
+    jitter=(0.4, 0.5, 0.6, 0.1),
+    jitter_p=0.8,
+    gray=0.2,
+    blur=0.5,
+    solarize=0.3,
+    erase=0.25,
+)
+
+
+def drawn(view: View, height: int, width: int, count: int = MANY, seed: int = 1) -> Params:
+    return draw(view, seed, 3, torch.arange(count), 1, height, width)
+
+
+@pytest.fixture(scope="module")
+def params() -> Params:
+    return drawn(ALL, 48, 64)
+
+
+def assert_same_distribution(ours: np.ndarray, theirs: np.ndarray) -> None:
+    """Chi-square on two samples of boxes (top, left, height, width), and on their sides alone."""
+    for columns in (slice(0, 4), slice(2, 4)):
+        both = [sample[:, columns].astype(np.int64) for sample in (ours, theirs)]
+        code = np.concatenate(both) @ (64 ** np.arange(both[0].shape[1]))
+        rows, which = np.unique(code, return_inverse=True)
+        samples = np.split(which, [len(ours)])
+        table = np.stack([np.bincount(sample, minlength=len(rows)) for sample in samples])
+        rare = table.sum(0) * min(len(ours), len(theirs)) / table.sum() < 10  # pooled
+        pooled = np.concatenate([table[:, ~rare], table[:, rare].sum(1, keepdims=True)], axis=1)
+        pooled = pooled[:, pooled.sum(0) > 0]
+        assert pooled.shape[1] > 2
+        assert stats.chi2_contingency(pooled).pvalue > 1e-4
+
+
+def crops(count: int, height: int, width: int, view: View, seed: int = 0) -> np.ndarray:
+    """Ten attempts and the fallback, vectorised with numpy's own generator. (count, 4)"""
+    rng = default_rng(seed)
+    box = np.zeros((count, 4))
+    left_over = np.ones(count, bool)
+    for _ in range(10):
+        rest = np.flatnonzero(left_over)
+        area = height * width * rng.uniform(*view.scale, len(rest))
+        ratio = np.exp(rng.uniform(*np.log(view.ratio), len(rest)))
+        w, h = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
+        fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+        top = rng.integers(0, np.maximum(height - h, 0) + 1)
+        left = rng.integers(0, np.maximum(width - w, 0) + 1)
+        box[rest[fits]] = np.stack([top, left, h, w], 1)[fits]
+        left_over[rest[fits]] = False
+    w, h = width, height
+    if width / height < view.ratio[0]:
+        h = round(width / view.ratio[0])
+    elif width / height > view.ratio[1]:
+        w = round(height * view.ratio[1])
+    box[left_over] = ((height - h) // 2, (width - w) // 2, h, w)
+    return box
+
+
+def boxes(p: Params) -> np.ndarray:
+    return p.table[:, :4].numpy()
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "view"),
+    [
+        (7, 9, View(size=8)),
+        (32, 32, View(size=32, scale=(0.2, 1.0))),
+        (40, 5, View(size=8, scale=(0.08, 1.0))),  # too tall: mostly the fallback
+        (5, 31, View(size=8)),  # too wide
+        (6, 6, View(size=8, scale=(0.9, 1.0), ratio=(0.5, 2.0))),  # a square fallback at times
+    ],
+)
+def test_joint_crop_boxes(height, width, view):
+    assert_same_distribution(boxes(drawn(view, height, width)), crops(MANY, height, width, view))
+
+
+def test_joint_crop_boxes_against_torchvision_itself():
+    crop = v2.RandomResizedCrop(8, scale=(0.2, 1.0))
+    image = torch.zeros(3, 6, 8)
+    torch.manual_seed(0)
+    theirs = [crop.make_params([image]) for _ in range(20_000)]
+    theirs = np.array([[p["top"], p["left"], p["height"], p["width"]] for p in theirs])
+    assert_same_distribution(boxes(drawn(View(size=8, scale=(0.2, 1.0)), 6, 8)), theirs)
+
+
+def test_the_distribution_test_can_fail():
+    wrong = boxes(drawn(View(size=8, scale=(0.081, 1.0)), 32, 32))  # 0.08 is right
+    with pytest.raises(AssertionError):
+        assert_same_distribution(wrong, crops(MANY, 32, 32, View(size=8)))
+
+
+def test_patches_are_of_fixed_size_and_uniform():
+    p = drawn(View(size=32, patch=5), 8, 9)
+    assert (p["height"] == 5).all() and (p["width"] == 5).all()
+    places = (p["top"] * 10 + p["left"]).long().bincount()
+    assert stats.chisquare(places[places > 0]).pvalue > 1e-4
+    assert (places > 0).sum() == 4 * 5
+
+
+@pytest.mark.parametrize(
+    ("column", "low", "high"),
+    [
+        ("brightness", 0.6, 1.4),
+        ("contrast", 0.5, 1.5),
+        ("saturation", 0.4, 1.6),
+        ("hue", -0.1, 0.1),
+    ],
+)
+def test_factors_are_uniform(params, column, low, high):
+    assert stats.kstest(params[column].numpy(), stats.uniform(low, high - low).cdf).pvalue > 1e-4
+
+
+def test_strong_jitter_stops_at_zero():
+    p = drawn(replace(ALL, jitter=(1.5, 0, 0, 0)), 32, 32, 10_000)
+    assert 0 <= p["brightness"].min() < 0.01 and p["brightness"].max() > 2.49
+
+
+def test_sigma_is_uniform_where_there_is_blur(params):
+    sigma = params["sigma"][params["sigma"] > 0].numpy()
+    assert stats.kstest(sigma, stats.uniform(0.1, 1.9).cdf).pvalue > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("applies", "p"),
+    [
+        (lambda p: p["flip"] == 1, 0.5),
+        (lambda p: p["step0"] >= 0, 0.8),
+        (lambda p: p["gray"] == 1, 0.2),
+        (lambda p: p["sigma"] > 0, 0.5),
+        (lambda p: p["solarize"] == 0.5, 0.3),
+    ],
+)
+def test_probabilities(params, applies, p):
+    hits = int(applies(params).sum())
+    assert stats.binomtest(hits, MANY, p).pvalue > 1e-4
+
+
+def test_all_24_orders_are_equally_likely(params):
+    steps = torch.stack([params[f"step{i}"] for i in range(4)], 1).long()
+    steps = steps[steps[:, 0] >= 0]
+    assert torch.equal(steps.sort(1).values, torch.arange(4).expand(len(steps), 4))
+    counts = (steps * torch.tensor([64, 16, 4, 1])).sum(1).bincount()
+    counts = counts[counts > 0]
+    assert len(counts) == 24
+    assert stats.chisquare(counts).pvalue > 1e-4
+
+
+def test_erased_boxes():
+    p = drawn(replace(ALL, size=9, erase=0.25), 32, 32)
+    ours = p.table[:, -4:].numpy()
+    erased = ours[:, 2] > 0
+    rng, side = default_rng(1), 9
+    box, left_over = np.zeros((MANY, 4)), np.ones(MANY, bool)
+    for _ in range(10):
+        area = side * side * rng.uniform(0.02, 0.33, MANY)
+        aspect = np.exp(rng.uniform(math.log(0.3), math.log(3.3), MANY))
+        h, w = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+        fits = left_over & (h < side) & (w < side)
+        places = (
+            rng.integers(0, np.maximum(side - h, 0) + 1),
+            rng.integers(0, np.maximum(side - w, 0) + 1),
+        )
+        box[fits] = np.stack([*places, h, w], 1)[fits]
+        left_over &= ~fits
+    assert_same_distribution(ours[erased], box[box[:, 2] > 0])
+    expected = 0.25 * (box[:, 2] > 0).mean()
+    assert abs(erased.mean() - expected) < 5 * math.sqrt(0.25 / MANY)
+
+
+def test_parameters_are_independent(params):
+    """No two columns correlate, but those that must: box sides with each other, steps, erasures."""
+    names = ["top", "flip", "step0", "brightness", "contrast", "saturation", "hue", "gray", "sigma"]
+    names += ["solarize", "erase_height"]
+    r = np.corrcoef(np.stack([params[n].numpy() for n in names])) - np.eye(len(names))
+    assert np.abs(r).max() < 5 / math.sqrt(MANY)
+
+
+def test_three_compilers_draw_the_same_bits(device):
+    rng = default_rng(0)
+    count = 300
+    index = torch.tensor(rng.integers(0, 2**40, count))
+    sizes = torch.tensor(rng.integers(2, 3000, (count, 2)))
+    place = torch.cat([torch.zeros(count, 1, dtype=torch.int64), sizes], 1)
+    views = (ALL, replace(ALL, scale=(0.5, 1.0), ratio=(1.0, 3.0), size=96), replace(ALL, patch=2))
+    args = (views, 2**32 - 1, 12345)
+    truth = reference.draw(*args, index, place, 4)
+    assert torch.equal(cpu.draw(*args, index, place, 4), truth)
+    triton = cuda.draw(*args, index.to(device), place.to(device), 4)
+    assert torch.equal(triton.cpu(), truth)
+
+
+def test_a_view_depends_on_nothing_but_its_name():
+    whole = drawn(ALL, 32, 32, 1000)
+    index = torch.tensor([999, 3, 500])
+    assert torch.equal(draw(ALL, 1, 3, index, 1, 32, 32).table, whole.table[index])
+    others = [draw(ALL, s, e, index, v, 32, 32) for s, e, v in [(2, 3, 1), (1, 4, 1), (1, 3, 2)]]
+    for other in others:
+        assert not torch.equal(other["hue"], whole["hue"][index])
+
+
+def test_per_sample_parameters_differ(params):
+    assert params["hue"][:1000].unique().numel() > 990
+
+
+def test_replace_changes_only_what_it_names(params):
+    changed = params.replace(sigma=1.5)
+    assert (changed["sigma"] == 1.5).all() and torch.equal(changed["hue"], params["hue"])
+    assert not (params["sigma"] == 1.5).all()

@@ -1,0 +1,480 @@
+"""linear_cross_entropy: value, gradients, memory, shards, and what it refuses."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.measure import MIB, measure
+from fastssl_kernels import _class_softmax_kernels as kernels
+from fastssl_kernels import linear_cross_entropy, linear_cross_entropy_reference
+from fastssl_kernels._class_softmax import class_statistics, class_statistics_backward
+from fastssl_kernels._launch import interpreted
+from tests.numerics import assert_within_budget, relative_error, value_and_grads
+from tests.offline import Kernel, assert_ships, compile_offline
+from tests.ranks import on_ranks
+
+Context = Callable[[], AbstractContextManager[None]]
+
+# N, D, K: one row, all padding; one full tile; one spilled row and class; several tiles; odd
+SIZES = [(1, 3, 5), (64, 32, 64), (65, 33, 129), (130, 40, 700), (37, 7, 1283)]
+
+
+@pytest.fixture(params=["torch", "triton"])
+def path(request: pytest.FixtureRequest, device: str) -> Context:
+    """The torch path, then the kernels: on a GPU as they run there, else in the interpreter."""
+    if request.param == "torch":
+        if device == "cuda":
+            pytest.skip("a GPU runs the kernels; the torch path is for float64")
+        return nullcontext
+    return nullcontext if device == "cuda" else interpreted
+
+
+def draw(n: int, dim: int, classes: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Features of unit scale, class vectors that give logits of scale 2, targets."""
+    generator = torch.Generator().manual_seed(n + dim + classes)
+    x = torch.randn(n, dim, generator=generator)
+    w = 2 * torch.randn(classes, dim, generator=generator) / dim**0.5
+    return x.to(device), w.to(device), torch.randint(classes, (n,), generator=generator).to(device)
+
+
+def dtypes(device: str) -> list[torch.dtype]:
+    """What the kernels are tested in: the interpreter multiplies bf16 wrongly before Triton 3.9."""
+    half = torch.bfloat16 if device == "cuda" else torch.float16
+    return [torch.float32, half]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("save", ["none", "exp"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.8])
+def test_within_budget(
+    size: tuple[int, int, int], save: str, smoothing: float, path: Context, device: str
+) -> None:
+    x, w, y = draw(*size, device)
+
+    def op(x: Tensor, w: Tensor) -> Tensor:
+        return linear_cross_entropy(x, w, y, label_smoothing=smoothing, save=save)
+
+    def reference(x: Tensor, w: Tensor) -> Tensor:
+        return linear_cross_entropy_reference(x, w, y, label_smoothing=smoothing)
+
+    for dtype in dtypes(device):
+        with path():
+            assert_within_budget(op, reference, [x, w], dtype, ["loss", "dx", "dw"])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_bias_ignored_rows_and_reductions(reduction: str, path: Context, device: str) -> None:
+    x, w, y = draw(41, 9, 300, device)
+    y[::5] = -7
+    bias = torch.linspace(-2, 2, 300, device=device)
+    weights = torch.linspace(-1, 1, 41, device=device)  # rows enter with different gradients
+    kwargs = {"label_smoothing": 0.3, "ignore_index": -7, "reduction": reduction}
+
+    def use(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def loss(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
+            rows = f(x, w, y, linear_bias=bias, **kwargs)
+            return (rows * weights.to(rows.dtype)).sum() if reduction == "none" else rows
+
+        return loss
+
+    for dtype in dtypes(device):
+        with path():
+            assert_within_budget(
+                use(linear_cross_entropy),
+                use(linear_cross_entropy_reference),
+                [x, w, bias],
+                dtype,
+                ["loss", "dx", "dw", "db"],
+            )
+
+
+def test_equals_torch_by_argument_name() -> None:
+    x, w, y = draw(33, 12, 101, "cpu")
+    bias = torch.randn(101)
+    for reduction in ("mean", "sum", "none"):
+        logits = F.linear(x.double(), w.double(), bias.double())
+        truth = F.cross_entropy(logits, y, label_smoothing=0.2, reduction=reduction)
+        kwargs = {"linear_bias": bias, "label_smoothing": 0.2, "reduction": reduction}
+        loss = linear_cross_entropy(x, w, y, **kwargs)
+        assert loss.dtype == torch.float32
+        assert relative_error(loss, truth) < 1e-6
+        if hasattr(F, "linear_cross_entropy"):  # torch 2.13 and later
+            assert relative_error(F.linear_cross_entropy(x, w, y, **kwargs), loss) < 1e-6
+
+
+def test_gradcheck_in_float64() -> None:
+    x, w, y = (t.double() if t.is_floating_point() else t for t in draw(4, 3, 6, "cpu"))
+    y[1] = -100
+    bias = torch.randn(6, dtype=torch.float64)
+    inputs = [t.requires_grad_() for t in (x, w, bias)]
+    for save in ("none", "exp"):
+
+        def loss(x: Tensor, w: Tensor, b: Tensor, save: str = save) -> Tensor:
+            kwargs = {"linear_bias": b, "label_smoothing": 0.8, "save": save}
+            return linear_cross_entropy(x, w, y, **kwargs)
+
+        assert torch.autograd.gradcheck(loss, inputs)
+
+
+def test_all_rows_ignored_is_nan_as_in_torch() -> None:
+    x, w, _ = draw(3, 2, 5, "cpu")
+    y = torch.full((3,), -100)
+    assert linear_cross_entropy(x, w, y).isnan()
+    assert linear_cross_entropy(x, w, y, reduction="sum") == 0
+
+
+def near_optimum(classes: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Features and class vectors where p is about 0.2 on the target and 0.8 / K elsewhere, which is
+    where DIET spends its time: the gradient of other rows is p - 0.8 / K, a difference."""
+    generator = torch.Generator().manual_seed(classes)
+    n, dim = 64, 32
+    x = F.normalize(torch.randn(n, dim, generator=generator), dim=1)
+    w = 0.3 * torch.randn(classes, dim, generator=generator) / dim**0.5
+    w[:n] = x * float(np.log(classes * 0.25))
+    return x.to(device), w.to(device), torch.arange(n, device=device)
+
+
+@pytest.mark.parametrize("save", ["none", "exp"])
+def test_target_rows_and_other_rows_each_within_budget(
+    save: str, path: Context, device: str
+) -> None:
+    x, w, y = near_optimum(2500, device)
+
+    def gradients(f: Callable[..., Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        dw = value_and_grads(f, [x.to(half), w.to(half)], dtype)[2]
+        return dw[: len(y)], dw[len(y) :]
+
+    def reference(x: Tensor, w: Tensor) -> Tensor:
+        return linear_cross_entropy_reference(x, w, y, label_smoothing=0.8)
+
+    def op(x: Tensor, w: Tensor) -> Tensor:
+        return linear_cross_entropy(x, w, y, label_smoothing=0.8, save=save)
+
+    for half in dtypes(device):
+        truth, eager = gradients(reference, torch.float64), gradients(reference, half)
+        with path():
+            fused = gradients(op, half)
+        for rows, t, e, f in zip(("target", "other"), truth, eager, fused, strict=True):
+            budget = 2 * relative_error(e, t) + 4 * torch.finfo(half).eps
+            assert relative_error(f, t) <= budget, f"{half} {rows} rows: {relative_error(f, t):.1e}"
+
+
+def test_budget_notices_a_dropped_smoothing_gradient() -> None:
+    """The fault that loose tolerances let pass: p instead of p - e / K off the target."""
+    x, w, y = near_optimum(5000, "cpu")
+    one = torch.full((len(y),), 1 / len(y))
+    empty = torch.empty(0)
+    lse, target, _, low, *_ = class_statistics(x, w, None, y, False)
+    smoothing = (-0.2 * one, -0.8 / len(w) * one)
+    saved = (x, w, None, y, lse, target, low, empty, empty)
+    _, right, _ = class_statistics_backward(one, *smoothing, *saved)
+    _, wrong, _ = class_statistics_backward(one, smoothing[0], 0 * one, *saved)
+
+    def reference(w: Tensor) -> Tensor:
+        return linear_cross_entropy_reference(x.to(w), w, y, label_smoothing=0.8)
+
+    (_, truth), (_, eager) = (
+        value_and_grads(reference, [w], d) for d in (torch.float64, torch.float32)
+    )
+    budget = 2 * relative_error(eager, truth) + 4 * torch.finfo(torch.float32).eps
+    assert relative_error(right, truth) <= budget
+    assert relative_error(wrong, truth) > 1000 * budget
+    assert (right - wrong).abs().max() < 1e-4  # an absolute tolerance of 1e-4 would let it pass
+
+
+def test_large_logits_stay_finite(path: Context, device: str) -> None:
+    x, w, y = draw(20, 8, 150, device)
+    with path():
+        value, dx, dw = value_and_grads(
+            lambda x, w: linear_cross_entropy(x, w, y, label_smoothing=0.1),
+            [100 * x, 10 * w],
+            torch.float32,
+        )
+    assert value.isfinite() and dx.isfinite().all() and dw.isfinite().all()
+    assert value > 100
+
+
+def test_repeats_bit_for_bit(path: Context, device: str) -> None:
+    x, w, y = draw(65, 33, 900, device)
+    with path():
+        first, second = (
+            value_and_grads(
+                lambda x, w: linear_cross_entropy(x, w, y, label_smoothing=0.8),
+                [x, w],
+                torch.float32,
+            )
+            for _ in range(2)
+        )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_reads_no_memory_it_did_not_write(
+    path: Context, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    empty = Tensor.new_empty
+
+    def poisoned(self: Tensor, *args: object, **kwargs: object) -> Tensor:
+        out = empty(self, *args, **kwargs)
+        return out.fill_(torch.nan) if out.is_floating_point() else out
+
+    x, w, y = draw(65, 33, 700, device)
+    for save in ("none", "exp"):
+
+        def op(x: Tensor, w: Tensor, save: str = save) -> Tensor:
+            return linear_cross_entropy(x, w, y, save=save)
+
+        with path():
+            clean = value_and_grads(op, [x, w], torch.float32)
+            monkeypatch.setattr(Tensor, "new_empty", poisoned)
+            dirty = value_and_grads(op, [x, w], torch.float32)
+            monkeypatch.undo()
+        assert all(torch.equal(a, b) for a, b in zip(clean, dirty, strict=True))
+
+
+def test_several_blocks_equal_one(monkeypatch: pytest.MonkeyPatch, path: Context) -> None:
+    x, w, y = draw(70, 20, 1500, "cpu")
+
+    def op(x: Tensor, w: Tensor) -> Tensor:
+        return linear_cross_entropy(x, w, y, label_smoothing=0.8, save="exp")
+
+    def run(size: int) -> list[Tensor]:
+        monkeypatch.setattr(kernels, "block_classes", lambda n: size)
+        with path():
+            return value_and_grads(op, [x, w], torch.float32)
+
+    for a, b in zip(run(2048), run(256), strict=True):
+        assert relative_error(a, b) < 1e-6
+
+
+def test_autocast_keeps_float32_sums() -> None:
+    x, w, y = draw(40, 16, 500, "cpu")
+    plain = linear_cross_entropy(x, w, y, label_smoothing=0.8)
+    with torch.autocast("cpu", torch.bfloat16):
+        under = linear_cross_entropy(x, w, y, label_smoothing=0.8)
+        mixed = linear_cross_entropy(x.bfloat16(), w, y, label_smoothing=0.8)
+    assert under.dtype == torch.float32 and torch.equal(plain, under)
+    assert 0 < relative_error(mixed, plain) < 1e-2
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # opcheck reads it of its own copies
+@pytest.mark.parametrize("save", [False, True])
+def test_opcheck(save: bool) -> None:
+    x, w, y = draw(5, 4, 30, "cpu")
+    inputs = (x.requires_grad_(), w.requires_grad_(), torch.randn(30, requires_grad=True), y, save)
+    torch.library.opcheck(class_statistics, inputs)
+    torch.library.opcheck(class_statistics, (x, w, None, y, save))
+
+
+def test_fullgraph() -> None:
+    x, w, y = draw(12, 6, 90, "cpu")
+
+    def op(x: Tensor, w: Tensor) -> Tensor:
+        return linear_cross_entropy(2 * x, w, y, label_smoothing=0.8)
+
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    eager = value_and_grads(op, [x, w], torch.float32)
+    for a, b in zip(eager, value_and_grads(compiled, [x, w], torch.float32), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.slow
+def test_memory_without_saving_is_independent_of_classes() -> None:
+    """(256, 512, 200 k): at most 64 MB beyond inputs and outputs, of which dw is one."""
+    n, dim, classes = 256, 512, 200_000
+    x = torch.randn(n, dim, requires_grad=True)
+    w = torch.randn(classes, dim, requires_grad=True)
+    y = torch.randint(classes, (n,))
+
+    def step() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(linear_cross_entropy(x, w, y, save="none"), (x, w))
+
+    peak = measure({"step": step}, "cpu", seconds=0, min_runs=1)["step"].peak_mib
+    outputs = (x.numel() + w.numel()) * 4 / MIB
+    assert outputs <= peak <= outputs + 64e6 / MIB
+
+
+def sharded(
+    rank: int, world: int, classes: int, smoothing: float
+) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """For each reduction: loss, gradient of this rank's rows and of this rank's classes."""
+    import torch.distributed as dist
+
+    x, w, y = draw(4 * world, 5, classes, "cpu")
+    y[1] = -100
+    sizes = [classes // world + (r < classes % world) for r in range(world)]
+    own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    rows = slice(4 * rank, 4 * rank + 4)
+    xs, ws = x[rows].clone().requires_grad_(), w[own].clone().requires_grad_()
+    found = {}
+    for reduction in ("mean", "sum"):
+        kwargs = {"label_smoothing": smoothing, "reduction": reduction, "group": dist.group.WORLD}
+        loss = linear_cross_entropy(xs, ws, y[rows], **kwargs)
+        found[reduction] = (loss.detach(), *torch.autograd.grad(loss, (xs, ws)))
+    return found
+
+
+@pytest.mark.parametrize(
+    "world", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3, 4))]
+)
+def test_shards_equal_one_process(world: int) -> None:
+    """13 classes over the ranks, an ignored row among them; the row gradient is times world."""
+    x, w, y = draw(4 * world, 5, 13, "cpu")
+    y[1] = -100
+    found = on_ranks(world, sharded, 13, 0.8)
+    for reduction in ("mean", "sum"):
+        loss, dx, dw = value_and_grads(
+            lambda x, w, r=reduction: linear_cross_entropy_reference(
+                x, w, y, label_smoothing=0.8, reduction=r
+            ),
+            [x, w],
+            torch.float64,
+        )
+        parts = [part[reduction] for part in found]
+        assert all(relative_error(part[0], loss) < 1e-6 for part in parts)
+        assert relative_error(torch.cat([part[1] for part in parts]), world * dx) < 1e-5
+        assert relative_error(torch.cat([part[2] for part in parts]), dw) < 1e-5
+
+
+def configurations() -> list[Kernel]:
+    """Every tile that ships, and the plain one with a bias."""
+    kinds = {"x_ptr": 0, "w_ptr": 0, "bias_ptr": 0, "labels_ptr": "*i64"}
+    scalars = dict.fromkeys(("N", "K", "first", "stop"), "i32") | {"D": "i32:16", "C": "i32:16"}
+    forward = kinds | {"partial_ptr": "*fp32", "exp_ptr": "*fp16", "reference_ptr": "*fp32"}
+    backward = kinds | dict.fromkeys(("lse_ptr", "grads_ptr", "reference_ptr"), "*fp32")
+    found = []
+    for cc in (80, 90, 100):
+        for dtype in (torch.bfloat16, torch.float32):
+            name = "*bf16" if dtype == torch.bfloat16 else "*fp32"
+            for bias, save in ((False, False), (False, True), (True, False), (True, True)):
+                x = torch.empty(0, dtype=dtype)
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(kernels, "architecture", lambda _, cc=cc: cc)
+                    tile = kernels.tile(x, bias or save)
+                sides = {k: v for k, v in tile.items() if k.startswith("BLOCK")}
+                launch = {"num_warps": tile["num_warps"], "num_stages": tile["num_stages"]}
+                flags = {"HAS_BIAS": bias, "EVEN_D": True, "PRECISION": "ieee"}
+                types = {k: v or name for k, v in forward.items()}
+                types |= {k: scalars[k] for k in "NKDC"} | {"span": "i32:16"}
+                found.append(
+                    Kernel(
+                        "fastssl_kernels._class_softmax_kernels:_statistics_kernel",
+                        types,
+                        {**flags, "SAVE": save, **sides},
+                        cc,
+                        **launch,
+                    )
+                )
+                types = {k: v or name for k, v in backward.items()}
+                types |= {"exp_ptr": "*fp16", "g_ptr": name}
+                types |= {k: scalars[k] for k in ("first", "stop", "N", "D", "C")}
+                found.append(
+                    Kernel(
+                        "fastssl_kernels._class_softmax_kernels:_gradient_kernel",
+                        types,
+                        {**flags, "SAVED": save, **sides},
+                        cc,
+                        **launch,
+                    )
+                )
+    return found
+
+
+@pytest.mark.slow
+def test_every_tile_compiles_without_spills() -> None:
+    """The dot runs on tensor cores, except in float32 and where the exponentials were saved."""
+    for resources in compile_offline(configurations()):
+        bf16 = resources.kernel.signature["x_ptr"] == "*bf16"
+        dot = bf16 and not resources.kernel.constexprs.get("SAVED", False)
+        assert_ships(resources, dot=dot)
+
+
+def test_real_digits_train_as_the_eager_loss(data: Path) -> None:
+    """20 steps of a linear map and class vectors on real digits: the same curve."""
+    images = np.load(data / "mnist.npz")["x_train"][:500].reshape(500, -1) / 255
+    x = torch.tensor(images, dtype=torch.float32)
+    curves = []
+    for loss in (linear_cross_entropy, linear_cross_entropy_reference):
+        torch.manual_seed(0)
+        embed, w = torch.randn(x.shape[1], 16) * 0.05, torch.randn(500, 16) * 0.1
+        parameters = [embed.requires_grad_(), w.requires_grad_()]
+        optimizer = torch.optim.SGD(parameters, lr=2.0)
+        curve = []
+        for step in range(20):
+            rows = torch.arange(step * 64, step * 64 + 64) % 500
+            value = loss(x[rows] @ embed, w, rows, label_smoothing=0.8)
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+            curve.append(value.detach())
+        curves.append(torch.stack(curve))
+    assert curves[0][-1] < curves[0][0] - 0.01
+    assert relative_error(curves[0], curves[1]) < 1e-5
+
+
+X, W, Y = torch.zeros(4, 3), torch.zeros(6, 3), torch.zeros(4, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((X, W[:, :2], Y), "linear_weight"),
+        ((X[0], W, Y), "input"),
+        ((X[:0], W, Y[:0]), "empty"),
+        ((X, W, Y[:3]), "target"),
+        ((X, W, Y.float()), "int64"),
+        ((X.int(), W, Y), "floating point"),
+        ((X, W, Y + 6), "outside"),
+        ((X, W, Y - 1), "outside"),
+    ],
+)
+def test_refuses(arguments: tuple[Tensor, ...], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        linear_cross_entropy(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"linear_bias": torch.zeros(5)}, "linear_bias"),
+        ({"label_smoothing": 1.5}, "label_smoothing"),
+        ({"reduction": "max"}, "reduction"),
+        ({"save": "logits"}, "save"),
+        ({"group": object()}, "not initialised"),
+    ],
+)
+def test_refuses_options(options: dict[str, object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        linear_cross_entropy(X, W, Y, **options)
+
+
+@pytest.mark.gpu
+def test_logits_beyond_two_to_the_31() -> None:
+    """(2048, 512, 1,281,167) in bf16: odd K, offsets past int32, one row against the reference."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    x = torch.randn(2048, 512, device="cuda", generator=generator, dtype=torch.bfloat16)
+    w = torch.randn(1_281_167, 512, device="cuda", generator=generator, dtype=torch.bfloat16) / 16
+    y = torch.randint(len(w), (2048,), device="cuda", generator=generator)
+    y[-1] = len(w) - 1
+    loss = linear_cross_entropy(x, w, y, label_smoothing=0.8, reduction="none", save="none")
+    truth = linear_cross_entropy_reference(
+        x[-8:].double(), w.double(), y[-8:], label_smoothing=0.8, reduction="none"
+    )
+    assert relative_error(loss[-8:], truth) < 1e-4
+
+
+@pytest.mark.gpu
+def test_no_host_sync() -> None:
+    x, w, y = draw(256, 64, 5000, "cuda")
+    x, w = x.requires_grad_(), w.requires_grad_()
+    linear_cross_entropy(x, w, y).backward()  # compile first
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        linear_cross_entropy(x, w, y, label_smoothing=0.8).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

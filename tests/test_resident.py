@@ -1,0 +1,302 @@
+"""The promises of a pipeline, kept by the resident engine."""
+
+import gc
+import os
+import resource
+import subprocess
+import sys
+import threading
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.random import default_rng
+from scipy import stats
+
+import fastssl_pipelines
+from fastssl_pipelines import Batch, View, open_pipeline, policies
+from fastssl_pipelines.augment import as_images, render
+from fastssl_pipelines.augment import images as images_file
+
+VIEWS = (*policies.emp_ssl(2), View(size=8, blur=0.5))
+IMAGES = default_rng(0).integers(0, 256, (41, 18, 20, 3), dtype=np.uint8)
+
+
+def resident(source=IMAGES, *, views=VIEWS, batch_size=4, seed=7, device="cpu", **more):
+    return open_pipeline(
+        "resident", source, views=views, batch_size=batch_size, seed=seed, device=device, **more
+    )
+
+
+def assert_same(one: Batch, other: Batch) -> None:
+    assert torch.equal(one.index, other.index)
+    for a, b in zip(one.views, other.views, strict=True):
+        assert torch.equal(a, b)
+
+
+def by_index(batches) -> dict[int, list[torch.Tensor]]:
+    return {
+        int(i): [view[n] for view in batch.views]
+        for batch in batches
+        for n, i in enumerate(batch.index)
+    }
+
+
+def test_batches_have_the_views_asked_for():
+    batch = next(resident().epoch(0))
+    assert [tuple(v.shape) for v in batch.views] == [(4, 3, 32, 32)] * 2 + [(4, 3, 8, 8)]
+    assert batch.index.shape == (4,) and batch.index.dtype == torch.int64
+    assert batch.params is None
+    assert not torch.equal(batch.views[0], batch.views[1])
+
+
+def test_params_replay_the_batch():
+    batch = next(resident(keep_params=True).epoch(3))
+    images = as_images(IMAGES).select(batch.index)
+    for view, params, shown in zip(VIEWS, batch.params, batch.views, strict=True):
+        assert torch.equal(render(images, params, view), shown)
+
+
+def test_an_epoch_visits_each_index_once_in_an_order_of_its_own():
+    pipeline = resident()
+    orders = [torch.cat([b.index for b in pipeline.epoch(e)]) for e in range(3)]
+    for order in orders:
+        assert len(order) == 40 == order.unique().numel()
+    assert not torch.equal(orders[0], orders[1])
+    assert len(pipeline) == 10
+
+
+def test_epochs_repeat_and_differ():
+    first, again = (list(resident().epoch(5)) for _ in range(2))
+    for one, other in zip(first, again, strict=True):
+        assert_same(one, other)
+    other = by_index(resident().epoch(6))
+    for i, views in by_index(first).items():
+        assert i not in other or not torch.equal(views[0], other[i][0])
+
+
+def test_skip_resumes_exactly():
+    whole = list(resident().epoch(2))
+    for skip in (0, 3, 10):
+        rest = list(resident().epoch(2, skip=skip))
+        assert len(rest) == 10 - skip
+        for one, other in zip(whole[skip:], rest, strict=True):
+            assert_same(one, other)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_view_is_the_same_on_any_number_of_ranks(world):
+    alone = resident(batch_size=8)
+    ranks = [resident(batch_size=8 // world, shard=(rank, world)) for rank in range(world)]
+    for whole, *parts in zip(alone.epoch(1), *(r.epoch(1) for r in ranks), strict=True):
+        indices = torch.cat([part.index for part in parts])
+        assert torch.equal(indices.sort().values, whole.index.sort().values)
+        expected, got = by_index([whole]), by_index(parts)
+        for i, views in got.items():
+            assert all(torch.equal(a, b) for a, b in zip(views, expected[i], strict=True))
+
+
+def test_class_sorted_data_mixes():
+    labels = torch.arange(4000) // 400  # ten classes, one after the other
+    pipeline = resident(np.zeros((4000, 2, 2, 3), np.uint8), views=(View(size=1),), batch_size=200)
+    counts = torch.stack([labels[i].bincount(minlength=10) for i in pipeline.order(0)])
+    p_values = [stats.chisquare(c).pvalue for c in counts.numpy()]
+    assert min(p_values) > 1e-4 and np.mean(p_values) > 0.2
+
+
+def test_a_ragged_source_and_an_array_are_one():
+    array = by_index(resident().epoch(0))
+    images = [torch.from_numpy(image) for image in IMAGES]
+    for i, views in by_index(resident(images).epoch(0)).items():
+        assert all(torch.equal(a, b) for a, b in zip(views, array[i], strict=True))
+    sizes = default_rng(1).integers(16, 60, (9, 2))
+    ragged = [default_rng(2).integers(0, 256, (h, w, 3), dtype=np.uint8) for h, w in sizes]
+    assert next(resident(ragged).epoch(0)).views[0].isfinite().all()
+
+
+def test_read_only_arrays_are_not_copied():
+    frozen = IMAGES.copy()
+    frozen.setflags(write=False)
+    pipeline = resident(frozen)
+    assert pipeline.images.flat.data_ptr() == frozen.ctypes.data
+    next(pipeline.epoch(0))
+
+
+def test_early_breaks_and_many_epochs_leave_nothing_behind():
+    pipeline = resident()
+    next(pipeline.epoch(0))
+    gc.collect()
+    threads = threading.active_count()
+    for _ in zip(range(20), pipeline.epoch(0), strict=False):
+        pass
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for epoch in range(100):
+        for _ in islice(pipeline.epoch(epoch), 3):
+            pass
+        two = [pipeline.epoch(epoch), pipeline.epoch(epoch)]  # at once, then dropped
+        assert_same(next(two[0]), next(two[1]))
+        del two
+    gc.collect()
+    assert threading.active_count() <= threads
+    grown_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory
+    assert grown_kib < 20_000
+
+
+def test_an_error_in_the_thread_reaches_the_consumer(monkeypatch):
+    pipeline = resident()
+    monkeypatch.setattr(pipeline, "batch", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        next(pipeline.epoch(0))
+
+
+RGB = np.zeros((5, 8, 8, 3), np.uint8)
+BAD = [
+    ({"source": RGB[..., 0]}, "shape"),
+    ({"source": RGB[..., :1]}, "gray"),
+    ({"source": np.zeros((5, 8, 8, 4), np.uint8)}, "alpha"),
+    ({"source": RGB.transpose(0, 3, 1, 2)}, "channels last"),
+    ({"source": RGB.astype(np.float32)}, "float32"),
+    ({"source": RGB[:0]}, "at least"),
+    ({"source": np.zeros((5, 0, 8, 3), np.uint8)}, "at least 2 x 2"),
+    ({"source": np.zeros((5, 1, 1, 3), np.uint8)}, "at least 2 x 2"),
+    ({"source": []}, "without images"),
+    ({"source": [RGB[0], RGB[0, :, :, 0]]}, r"source\[1\]"),
+    ({"views": (View(size=8, patch=9),)}, "smallest image has side 8"),
+    ({"views": ()}, "empty"),
+    ({"batch_size": 0}, "batch_size is 0"),
+    ({"batch_size": 6}, "has 5 images"),
+    ({"shard": (2, 2)}, "shard"),
+    ({"seed": -1}, "seed"),
+    ({"quality": "fast"}, "quality"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), BAD)
+def test_bad_input_is_refused_before_the_first_batch(change, words):
+    settings = {"source": RGB, "views": (View(size=8),), "batch_size": 2} | change
+    with pytest.raises(ValueError, match=words):
+        resident(**settings)
+
+
+def test_more_data_than_memory_says_how_much(monkeypatch):
+    monkeypatch.setattr(images_file, "free_bytes", lambda device: 100)
+    with pytest.raises(ValueError, match=r"need .* GiB.*engine that reads from disk"):
+        resident(list(RGB))
+
+
+def test_unknown_engine_names_those_there_are():
+    with pytest.raises(ValueError, match="resident"):
+        open_pipeline("tape", RGB, views=VIEWS, batch_size=2, seed=0, device="cpu")
+
+
+PATHS = os.environ | {"PYTHONPATH": str(Path(fastssl_pipelines.__file__).parents[1])}
+FIRST_BATCH = """
+import time, numpy as np, torch
+from fastssl_pipelines import open_pipeline, policies
+images = np.zeros((256, 32, 32, 3), np.uint8)
+start = time.perf_counter()
+pipeline = open_pipeline("resident", images, views=policies.simclr_cifar(2), batch_size=128,
+                         seed=0, device="cpu")
+next(pipeline.epoch(0))
+print(time.perf_counter() - start)
+"""
+
+
+@pytest.mark.slow
+def test_the_first_batch_of_a_second_run_comes_in_two_seconds(tmp_path):
+    """Compiled code is cached on disk, wherever NUMBA_CACHE_DIR says."""
+    environment = PATHS | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", FIRST_BATCH]
+    seconds = [
+        float(subprocess.run(command, env=environment, capture_output=True, check=True).stdout)
+        for _ in range(2)
+    ]
+    print("first batch of the first and the second run, seconds:", seconds)
+    assert any(tmp_path.rglob("*.nbi"))
+    assert seconds[1] < 2, seconds
+
+
+def test_nothing_heavy_is_imported_before_it_is_named():
+    code = "import sys, fastssl_pipelines as p; print(*sys.modules)"
+    command = [sys.executable, "-c", code]
+    loaded = set(subprocess.check_output(command, env=PATHS, text=True).split())
+    assert "fastssl_pipelines.resident" in loaded
+    assert not loaded & {"numba", "triton", "cv2", "nvidia.dali", "ffcv", "torchvision", "PIL"}
+
+
+def pretrain_and_score(batches, labels: torch.Tensor, images: torch.Tensor, seed: int) -> float:
+    """A small SimCLR run on `batches` of two views, then 5-nearest-neighbour accuracy, in
+    percent."""
+    torch.manual_seed(seed)
+    conv = torch.nn.Conv2d
+    body = torch.nn.Sequential(
+        *(conv(3, 32, 3, 2, 1), torch.nn.BatchNorm2d(32), torch.nn.ReLU()),
+        *(conv(32, 64, 3, 2, 1), torch.nn.BatchNorm2d(64), torch.nn.ReLU()),
+        *(conv(64, 128, 3, 2, 1), torch.nn.BatchNorm2d(128), torch.nn.ReLU()),
+        torch.nn.AdaptiveAvgPool2d(1),
+        torch.nn.Flatten(),
+    )
+    head = torch.nn.Sequential(torch.nn.Linear(128, 128), torch.nn.ReLU(), torch.nn.Linear(128, 64))
+    optimizer = torch.optim.Adam([*body.parameters(), *head.parameters()], lr=2e-3)
+    for one, other in batches:
+        z = torch.nn.functional.normalize(head(body(torch.cat([one, other]))), dim=1)
+        logits = (z @ z.T / 0.3).fill_diagonal_(-1e9)
+        loss = torch.nn.functional.cross_entropy(logits, torch.arange(len(z)).roll(len(one)))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    body.eval()
+    with torch.no_grad():
+        features = torch.nn.functional.normalize(body(images), dim=1)
+    bank = torch.cat([torch.nonzero(labels == k)[:10, 0] for k in range(10)])
+    nearest = bank[(features @ features[bank].T).argmax(1)]
+    rest = torch.ones(len(labels), dtype=torch.bool).index_fill(0, bank, False)
+    return float((labels[nearest] == labels)[rest].float().mean() * 100)
+
+
+@pytest.mark.slow
+def test_swapping_torchvisions_loader_costs_no_accuracy():
+    """Three seeds each on the digits: the means differ by less than the seeds do."""
+    from sklearn.datasets import load_digits
+    from torchvision.transforms import v2
+
+    raw, labels = load_digits(return_X_y=True)
+    gray = np.round(raw.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    images = np.repeat(gray[..., None], 3, axis=3)
+    labels = torch.from_numpy(labels)
+    shown = torch.from_numpy(images).permute(0, 3, 1, 2)
+    still = torch.nn.functional.interpolate(shown / 255, size=16, mode="bilinear") * 2 - 1
+    views, epochs = policies.digits(2), 8
+    jitter = v2.ColorJitter(*views[0].jitter[:2])
+    transform = v2.Compose(
+        [
+            v2.RandomResizedCrop(16, scale=views[0].scale, ratio=views[0].ratio, antialias=True),
+            v2.RandomApply([jitter], views[0].jitter_p),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(views[0].mean, views[0].std),
+        ]
+    )
+
+    def by_torchvision(seed):
+        torch.manual_seed(1000 + seed)
+        for _ in range(epochs):
+            for index in torch.randperm(len(shown))[:1792].split(256):
+                yield [torch.stack([transform(shown[i]) for i in index]) for _ in range(2)]
+
+    def by_us(seed):
+        pipeline = resident(images, views=views, batch_size=256, seed=seed)
+        for epoch in range(epochs):
+            for batch in pipeline.epoch(epoch):
+                yield batch.views
+
+    theirs, ours = (
+        np.array([pretrain_and_score(source(s), labels, still, s) for s in range(3)])
+        for source in (by_torchvision, by_us)
+    )
+    untrained = pretrain_and_score([], labels, still, 0)
+    print("accuracy, %: untrained", untrained, "torchvision", theirs, "fastssl", ours)
+    noise = np.sqrt(theirs.var(ddof=1) / 3 + ours.var(ddof=1) / 3)
+    assert abs(ours.mean() - theirs.mean()) <= max(2.5 * noise, 1.0)
+    assert min(ours.min(), theirs.min()) > untrained + 3  # both have learnt
