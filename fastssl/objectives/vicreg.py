@@ -2,7 +2,6 @@
 views."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 

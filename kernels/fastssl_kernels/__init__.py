@@ -34,8 +34,6 @@ __all__ = [
     "coding_rate",
     "coding_rate_reference",
     "dimension_contrastive_loss",
-    "linear_cross_entropy",
-    "linear_cross_entropy_reference",
     "info_nce_loss",
     "info_nce_loss_reference",
     "linear_cross_entropy",
