@@ -380,10 +380,10 @@ def probe(images: Tensor, labels: Tensor, rate: float) -> float:
 
     torch.manual_seed(0)
     network = small_network(64)
-    head = DIETHead(len(images), 64, optimizer="adamw", lr=3e-3, sample_rate=rate)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
+    head = DIETHead(len(images), 64, optimizer="adamw", lr=1e-2, sample_rate=rate)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2)
     generator = torch.Generator().manual_seed(0)
-    for _ in range(15):
+    for _ in range(40):
         for index in torch.randperm(len(images), generator=generator).split(128):
             if len(index) < 128:
                 continue
