@@ -51,16 +51,16 @@ def path(request: pytest.FixtureRequest, device: str) -> Context:
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("save", ["none", "exp"])
 def test_fused_update_is_torch_optim(rule: str, save: str, path: Context, device: str) -> None:
-    """100 steps (12 in the interpreter), the rate changed on the way, images repeated."""
+    """100 steps (6 in the interpreter), the rate changed on the way, images repeated."""
     samples, dim, n = 331, 24, 40
     settings, build = RULES[rule]
     torch.manual_seed(0)
     head = DIETHead(samples, dim, lr=1e-2, save=save, **settings).to(device)
     weights = {d: head.weight.detach().to(d, copy=True) for d in (torch.float64, torch.float32)}
     optimizers = {d: build([w.requires_grad_()]) for d, w in weights.items()}
-    for step in range(12 if path is interpreted else 100):
+    for step in range(6 if path is interpreted else 100):
         x, y = torch.randn(n, dim, device=device), torch.randint(samples, (n,), device=device)
-        if step == 5:
+        if step == 3:
             head.lr = 3e-3
             for optimizer in optimizers.values():
                 optimizer.param_groups[0]["lr"] = 3e-3
@@ -331,6 +331,7 @@ def small_network(width: int) -> nn.Module:
         nn.ReLU(),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
+        nn.BatchNorm1d(width),
     )
 
 
@@ -346,10 +347,10 @@ def curve(images: Tensor, steps: int, *, save: str, fused: bool, rate: float = 1
     """DIET's loss over all classes, step by step, of a small network on real images."""
     torch.manual_seed(0)
     network = small_network(32)
-    options = {"lr": 3e-2, "weight_decay": 0.0, "save": save, "sample_rate": rate}
+    options = {"lr": 1e-2, "weight_decay": 0.0, "save": save, "sample_rate": rate}
     head = DIETHead(len(images), 32, optimizer="adamw" if fused else None, **options)
     parameters = [*network.parameters(), *(() if fused else head.parameters())]
-    optimizer = torch.optim.AdamW(parameters, lr=3e-2, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.0)
     values = []
     for step in range(steps):
         index = torch.arange(step * 128, step * 128 + 128) % len(images)
@@ -379,10 +380,10 @@ def probe(images: Tensor, labels: Tensor, rate: float) -> float:
 
     torch.manual_seed(0)
     network = small_network(64)
-    head = DIETHead(len(images), 64, optimizer="adamw", lr=3e-3, sample_rate=rate)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
+    head = DIETHead(len(images), 64, optimizer="adamw", lr=1e-2, sample_rate=rate)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2)
     generator = torch.Generator().manual_seed(0)
-    for _ in range(15):
+    for _ in range(40):
         for index in torch.randperm(len(images), generator=generator).split(128):
             if len(index) < 128:
                 continue

@@ -68,7 +68,7 @@ def _saved_like(x: Tensor, classes: int, save: bool) -> tuple[Tensor, Tensor]:
     """Empty exponentials and references, or tensors of no elements."""
     if use_triton(x):
         return kernels.saved_like(x, classes, save)
-    size, dtype = block_classes(x), work_dtype(x)
+    size, dtype = min(block_classes(x), classes), work_dtype(x)
     count = -(-classes // size) if save else 0
     return x.new_empty(count, len(x), size, dtype=dtype), x.new_empty(count, len(x), dtype=dtype)
 
