@@ -143,21 +143,24 @@ def _resample(source, stride, height, width, size, taps_y, taps_x, line, planes)
     first_y, count_y, weight_y = taps_y
     first_x, count_x, weight_x = taps_x
     for y in range(size):
-        line[: 3 * width] = ZERO
-        for k in range(count_y[y]):
+        w = weight_y[y, 0]
+        values = source[first_y[y] * stride :]
+        for i in range(3 * width):
+            line[i] = w * np.float32(values[i])
+        for k in range(1, count_y[y]):
             w = weight_y[y, k]
             values = source[(first_y[y] + k) * stride :]
             for i in range(3 * width):
                 line[i] += w * np.float32(values[i])
         for x in range(size):
-            r = g = b = ZERO
-            i = 3 * first_x[x]
-            for k in range(count_x[x]):
+            near = line[3 * first_x[x] :]
+            w = weight_x[x, 0]
+            r, g, b = w * near[0], w * near[1], w * near[2]
+            for k in range(1, count_x[x]):
                 w = weight_x[x, k]
-                r += w * line[i]
-                g += w * line[i + 1]
-                b += w * line[i + 2]
-                i += 3
+                r += w * near[3 * k]
+                g += w * near[3 * k + 1]
+                b += w * near[3 * k + 2]
             o = y * size + x
             planes[0, o], planes[1, o], planes[2, o] = clamp(r), clamp(g), clamp(b)
 
