@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 from numpy.random import default_rng
-from scipy import stats
 from torchvision.transforms import v2
 
 from fastssl_pipelines.augment import Params, draw
 from fastssl_pipelines.spec import View
+
+stats = pytest.importorskip("scipy.stats")
 
 MANY = 1_000_000
 ALL = View(

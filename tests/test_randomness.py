@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from scipy import stats
 
 from fastssl_pipelines import randomness
+
+stats = pytest.importorskip("scipy.stats")
 
 
 def words(*values: int) -> list[torch.Tensor]:

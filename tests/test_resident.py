@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 from numpy.random import default_rng
-from scipy import stats
 
 import fastssl_pipelines
 from fastssl_pipelines import Batch, View, open_pipeline, policies
 from fastssl_pipelines.augment import as_images, render
 from fastssl_pipelines.augment import images as images_file
+
+stats = pytest.importorskip("scipy.stats")
 
 VIEWS = (*policies.emp_ssl(2), View(size=8, blur=0.5))
 IMAGES = default_rng(0).integers(0, 256, (41, 18, 20, 3), dtype=np.uint8)
@@ -144,6 +145,22 @@ def test_early_breaks_and_many_epochs_leave_nothing_behind():
     assert grown_kib < 20_000
 
 
+def test_memory_is_used_again_only_when_nobody_looks():
+    pytest.importorskip("numba")
+    pipeline = resident()
+    kept = [batch.views[0] for batch in pipeline.epoch(0)]  # more than are kept for reuse
+    copies = [view.clone() for view in kept]
+    corner = next(pipeline.epoch(1)).views[2][0, 0, :2]  # a slice alone keeps its batch alive
+    copy = corner.clone()
+    for epoch in range(2, 5):
+        list(pipeline.epoch(epoch))
+    assert all(torch.equal(a, b) for a, b in zip(kept, copies, strict=True))
+    assert torch.equal(corner, copy)
+    del kept
+    places = {batch.views[0].data_ptr() for epoch in range(5) for batch in pipeline.epoch(epoch)}
+    assert len(places) < 10  # of 50 batches
+
+
 def test_an_error_in_the_thread_reaches_the_consumer(monkeypatch):
     pipeline = resident()
     monkeypatch.setattr(pipeline, "batch", lambda *_: 1 / 0)
@@ -213,6 +230,7 @@ print(time.perf_counter() - start)
 @pytest.mark.slow
 def test_the_first_batch_of_a_second_run_comes_in_two_seconds(tmp_path):
     """Compiled code is cached on disk, wherever NUMBA_CACHE_DIR says."""
+    pytest.importorskip("numba")
     environment = PATHS | {"NUMBA_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-c", FIRST_BATCH]
     seconds = [

@@ -100,7 +100,9 @@ def test_two_rows(name: str) -> None:
         found = value_and_grads(loss, [x], torch.float32)
         assert relative_error(found[0], value) < 16 * eps
         terms = gradient.norm() + value.sqrt() / (x[:, 0] - x[:, 1]).abs().min()
-        assert (found[1] - gradient).norm() < 16 * eps * terms
+        eager = value_and_grads(reference, [x], torch.float32)[1]
+        allowed = 2 * (eager - gradient).norm() + 16 * eps * terms
+        assert (found[1] - gradient).norm() <= allowed
 
 
 @pytest.mark.gpu

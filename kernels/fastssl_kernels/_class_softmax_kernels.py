@@ -28,7 +28,8 @@ def tile(x: Tensor, extra: bool) -> dict[str, int]:
     extra: a bias or saved exponentials, which need registers.
     """
     if x.dtype == torch.float32:
-        sides = {"BLOCK_N": 32 if extra else 64, "BLOCK_K": 64, "BLOCK_D": 32}
+        side = 32 if extra else 64
+        sides = {"BLOCK_N": side, "BLOCK_K": side, "BLOCK_D": 32}
         return {**sides, "num_warps": 4, "num_stages": 3}
     if extra:
         rows, classes = 64, 128
@@ -174,9 +175,14 @@ def log_sum(tops: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
     """log sum_b sums_b exp(tops_b), rounded, and what rounding left. (B, N) -> (N,), (N,)"""
     top = tops.amax(0)
     log = (sums * (tops - top).exp()).sum(0).log()
-    lse = top + log
-    part = lse - top  # Knuth's two-sum
-    return lse, (top - (lse - part)) + (log - part)
+    return two_sum(top, log)
+
+
+def two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """a + b rounded, and what rounding left over (Knuth); nothing is left of infinities."""
+    total = a + b
+    part = total - a
+    return total, ((a - (total - part)) + (b - part)).nan_to_num(0.0, 0.0, 0.0)
 
 
 def saved_like(x: Tensor, classes: int, save: bool) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from fastssl_kernels._group import sum_ranks
 BLOCK_N = 64  # rows of a kernel's tile
 BLOCK_D = 32  # columns of a kernel's tile: 64 B of bf16, two sectors
 SLOTS = 1024  # partial sums that a kernel adds at once
-CHUNK = 2**19  # elements (2 MiB of fp32) that a pass handles at once, to stay in the cache
+CHUNK = 2**18  # elements (1 MiB of fp32) that a pass handles at once, to stay in the cache
 
 
 def accumulation_dtype(z: Tensor) -> torch.dtype:

@@ -1,12 +1,19 @@
 """Log-sum-exp of every row and column of a similarity matrix that exists one tile at a time.
 
     s_ij = f(q_i . k_j),   row_i = log sum_j exp s_ij,   col_j = log sum_i exp s_ij
-    H_ij = (g_row_i exp(s_ij - row_i) + g_col_j exp(s_ij - col_j)) f'(q_i . k_j)
+    positive_i = sum of s_ij over the positives of i
+    H_ij = (g_row_i exp(s_ij - row_i) + g_col_j exp(s_ij - col_j) + g_positive_i [j in P(i)])
+           f'(q_i . k_j)
     dq = H k,   dk = H^T q
 
-f is the identity, the square or the absolute value. With `skip` >= 0 the entries (i, i + skip) take
-no part: a sample is no negative of itself. Temperatures are factors of q and k. For q = k the
-matrix is symmetric, col = row, and dz = H z with both terms in H is the whole gradient.
+f is the identity, the square or the absolute value; temperatures are factors of q and k. Positives
+come from the products that the sums come from, and enter H before it is rounded, so that a small
+loss is a difference of equal errors. log-sum-exps come as two floats, as in _class_softmax.py.
+
+Which keys are positives: `first` is the key that stands for query 0, key first + i being query i's
+own. Of the N keys from there on, those a multiple of `period` away from i's own. With own=True the
+own key itself takes no part anywhere: a sample is no negative of itself. For q = k the matrix is
+symmetric, col = row, and dz = H z with both sides' terms in H is the whole gradient.
 
 Shapes: N queries, M keys, D embedding. Tiles are R x C.
 """
@@ -15,16 +22,47 @@ Shapes: N queries, M keys, D embedding. Tiles are R x C.
 # (autograd callbacks carry no types)
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastssl_kernels import _similarity_kernels as kernels
 from fastssl_kernels._class_softmax import blocks, or_zeros, work_dtype
+from fastssl_kernels._class_softmax_kernels import two_sum
 from fastssl_kernels._gemm import matmul_t
 from fastssl_kernels._launch import use_triton
 
 KINDS = {"cosine": 0, "squared": 1, "absolute": 2}  # f
+Statistics = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+class Pairs(NamedTuple):
+    """Which key is whose positive, seen from a tile; see above."""
+
+    n: int  # queries
+    first: int
+    period: int
+    own: bool
+
+    def diagonals(self, rows: slice, columns: slice) -> list[tuple[int, bool]]:
+        """(offset, whether it is the own key's) of each diagonal of positives in the tile."""
+        own = self.first + rows.start - columns.start
+        far = self.n // self.period
+        offsets = (own + step * self.period for step in range(-far, far + 1))
+        height, width = rows.stop - rows.start, columns.stop - columns.start
+        return [(o, o == own) for o in offsets if -height < o < width]
+
+
+class Upstream(NamedTuple):
+    """Log-sum-exps and the gradients that arrive; of columns (0,) where there are none."""
+
+    row: Tensor  # (N,), and so g_row and g_positive
+    g_row: Tensor
+    g_positive: Tensor
+    col: Tensor  # (M,), and so g_col
+    g_col: Tensor
+    g_positive_col: Tensor  # (M,) for q = k, else (0,)
 
 
 def _sides(q: Tensor) -> tuple[int, int]:
@@ -40,101 +78,100 @@ def _tiles(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
             yield slice(top, bottom), slice(left, right)
 
 
-def _products(q: Tensor, k: Tensor, rows: slice, columns: slice) -> Tensor:
-    return matmul_t(q[rows], k[columns])
-
-
 def _apply(z: Tensor, kind: int) -> Tensor:
-    """f(z), in place where z is not needed for the derivative."""
     return z if kind == 0 else z.square() if kind == 1 else z.abs()
 
 
-def _own(s: Tensor, rows: slice, columns: slice, skip: int) -> Tensor:
-    """The tile's entries (i, i + skip), a view; empty where the tile has none, or skip < 0."""
-    offset = rows.start + skip - columns.start
-    if skip < 0 or offset >= s.shape[1] or -offset >= s.shape[0]:
-        return s[:0, 0]
-    return s.diagonal(offset)
+def _inside(view: Tensor, offset: int, pairs: Pairs, columns: slice) -> slice:
+    """The part of a diagonal whose keys are among the N from `first` on."""
+    start = max(offset, 0) + columns.start  # the diagonal's first key
+    low = max(pairs.first - start, 0)
+    return slice(low, max(min(pairs.first + pairs.n - start, len(view)), low))
 
 
-def _tile_lse(
-    q: Tensor, k: Tensor, rows: slice, columns: slice, skip: int, kind: int, wanted: bool
-) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp over one tile's rows (R,), and columns (C,) or (0,)."""
-    s = _apply(_products(q, k, rows, columns), kind)
-    _own(s, rows, columns, skip).fill_(-1e30)  # finite: a row of a tile may hold nothing else
-    return lse(s, 1), lse(s, 0) if wanted else s.new_empty(0)
+def _tile_sums(
+    q: Tensor, k: Tensor, rows: slice, columns: slice, pairs: Pairs, kind: int, wanted: bool
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None, Tensor]:
+    """(maximum, sum of exponentials) over rows and over columns, and positives (R,)."""
+    s = _apply(matmul_t(q[rows], k[columns]), kind)
+    positive = s.new_zeros(len(s))
+    for offset, own in pairs.diagonals(rows, columns):
+        diagonal = s.diagonal(offset)
+        part = _inside(diagonal, offset, pairs, columns)
+        if own and pairs.own:
+            diagonal[part] = -1e30  # finite: a row of a tile may hold nothing else
+        else:
+            positive[max(-offset, 0) :][part] += diagonal[part]
+    return _sums(s, 1), _sums(s, 0) if wanted else None, positive
 
 
-def lse(s: Tensor, dim: int) -> Tensor:
-    """torch.logsumexp, in the order of passes that a block in cache prefers."""
+def _sums(s: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     top = s.amax(dim, keepdim=True)
-    return ((s - top).exp_().sum(dim, keepdim=True).log_() + top).squeeze(dim)
+    return top.squeeze(dim), (s - top).exp_().sum(dim)
 
 
-def _similarity_lse(
-    q: Tensor, k: Tensor, skip: int, kind: int, columns: bool
-) -> tuple[Tensor, Tensor]:
+def _merge(total: Tensor, part: slice, found: tuple[Tensor, Tensor]) -> None:
+    """Adds a tile's (maximum, sum) to the running ones (2, N)."""
+    top = torch.maximum(total[0, part], found[0])
+    kept = total[1, part] * (total[0, part] - top).exp()
+    total[1, part] = kept + found[1] * (found[0] - top).exp()
+    total[0, part] = top
+
+
+def _similarity_lse(q: Tensor, k: Tensor, pairs: Pairs, kind: int, columns: bool) -> Statistics:
     dtype = work_dtype(q)
-    row = q.new_full((len(q),), -torch.inf, dtype=dtype)
-    col = q.new_full((len(k) if columns else 0,), -torch.inf, dtype=dtype)
-    run = kernels.tile_lse if use_triton(q) else _tile_lse
+    row, col = (q.new_zeros(2, n, dtype=dtype) for n in (len(q), len(k) if columns else 0))
+    row[0], col[0] = -torch.inf, -torch.inf
+    positive = q.new_zeros(len(q), dtype=dtype)
+    run = kernels.tile_sums if use_triton(q) else _tile_sums
     for r, c in _tiles(q, k):
-        across, down = run(q, k, r, c, skip, kind, columns)
-        row[r] = torch.logaddexp(row[r], across)
-        if columns:
-            col[c] = torch.logaddexp(col[c], down)
-    return row, col
+        across, down, found = run(q, k, r, c, pairs, kind, columns)
+        _merge(row, r, across)
+        positive[r] += found
+        if down is not None:
+            _merge(col, c, down)
+    return *two_sum(row[0], row[1].log()), *two_sum(col[0], col[1].log()), positive
 
 
 def _tile_gradient(
-    q: Tensor,
-    k: Tensor,
-    row: Tensor,
-    col: Tensor,
-    g_row: Tensor,
-    g_col: Tensor,
-    rows: slice,
-    columns: slice,
-    skip: int,
-    kind: int,
+    q: Tensor, k: Tensor, rows: slice, columns: slice, pairs: Pairs, kind: int, up: Upstream
 ) -> Tensor:
-    """H (R, C) of one tile; without columns col and g_col are (0,)."""
-    z = _products(q, k, rows, columns)
+    """H (R, C) of one tile."""
+    z = matmul_t(q[rows], k[columns])
     s = _apply(z, kind)
-    h = (s - row[rows, None]).exp_().mul_(g_row[rows, None])
-    if len(col):
-        h += (s - col[columns]).exp_().mul_(g_col[columns])
+    h = (s - up.row[rows, None]).exp_().mul_(up.g_row[rows, None])
+    if len(up.col):
+        h += (s - up.col[columns]).exp_().mul_(up.g_col[columns])
+    for offset, own in pairs.diagonals(rows, columns):
+        diagonal = h.diagonal(offset)
+        part = _inside(diagonal, offset, pairs, columns)
+        if own and pairs.own:
+            diagonal[part] = 0
+            continue
+        diagonal[part] += up.g_positive[rows][max(-offset, 0) :][part]
+        if len(up.g_positive_col):
+            diagonal[part] += up.g_positive_col[columns][max(offset, 0) :][part]
     if kind:
         h *= 2 * z if kind == 1 else z.sign()
-    _own(h, rows, columns, skip).fill_(0)
     return h
 
 
 def _gradients(
-    q: Tensor,
-    k: Tensor,
-    row: Tensor,
-    col: Tensor,
-    g_row: Tensor,
-    g_col: Tensor,
-    skip: int,
-    kind: int,
-    keys: bool,
+    q: Tensor, k: Tensor, pairs: Pairs, kind: int, up: Upstream, keys: bool
 ) -> tuple[Tensor, Tensor]:
     """dq (N, D), and dk (M, D) or (0,)."""
     dtype = work_dtype(q)
     dq = torch.zeros_like(q, dtype=dtype)
-    dk = torch.zeros_like(k, dtype=dtype) if keys else q.new_empty(0)
+    dk = torch.zeros_like(k, dtype=dtype) if keys else q.new_empty(0, dtype=dtype)
     unscale = torch.ones((), dtype=dtype, device=q.device)
-    run = _tile_gradient
-    if use_triton(q):
-        run = kernels.tile_gradient
-        if q.dtype == torch.float16:
-            scale = kernels.half_scale(g_row, g_col)
-            g_row, g_col, unscale = g_row * scale, g_col * scale, 1 / scale
+    run = kernels.tile_gradient if use_triton(q) else _tile_gradient
+    if use_triton(q) and q.dtype == torch.float16:
+        grads = up._asdict()
+        scale = kernels.half_scale([g for name, g in grads.items() if name.startswith("g_")])
+        unscale = 1 / scale
+        up = Upstream(**{n: g * scale if n.startswith("g_") else g for n, g in grads.items()})
     for r, c in _tiles(q, k):
-        h = run(q, k, row, col, g_row, g_col, r, c, skip, kind)
+        h = run(q, k, r, c, pairs, kind, up)
         dq[r] += matmul_t(h, k[c].T)
         if keys:
             dk[c] += matmul_t(h.T, q[r].T)
@@ -143,77 +180,90 @@ def _gradients(
 
 @torch.library.custom_op("fastssl::similarity_lse", mutates_args=())
 def similarity_lse(
-    q: Tensor, k: Tensor, skip: int, kind: int, columns: bool
-) -> tuple[Tensor, Tensor]:
-    """row (N,), and col (M,), or (0,) without `columns`."""
+    q: Tensor, k: Tensor, first: int, period: int, own: bool, kind: int, columns: bool
+) -> Statistics:
+    """row and its low part (N,), col and its low part (M,), or (0,) without `columns`, positive."""
+    pairs = Pairs(len(q), first, period, own)
     with torch.autocast(q.device.type, enabled=False):
-        return _similarity_lse(q.contiguous(), k.contiguous(), skip, kind, columns)
+        return _similarity_lse(q.contiguous(), k.contiguous(), pairs, kind, columns)
 
 
 @similarity_lse.register_fake
-def _(q, k, skip, kind, columns):
-    dtype = work_dtype(q)
-    return q.new_empty(len(q), dtype=dtype), q.new_empty(len(k) if columns else 0, dtype=dtype)
+def _(q, k, first, period, own, kind, columns):
+    sizes = [len(q)] * 2 + [len(k) if columns else 0] * 2 + [len(q)]
+    return tuple(q.new_empty(n, dtype=work_dtype(q)) for n in sizes)
 
 
 @torch.library.custom_op("fastssl::similarity_lse_backward", mutates_args=())
 def similarity_lse_backward(
     q: Tensor,
     k: Tensor,
-    row: Tensor,
-    col: Tensor,
-    g_row: Tensor,
-    g_col: Tensor,
-    skip: int,
+    upstream: list[Tensor],
+    first: int,
+    period: int,
+    own: bool,
     kind: int,
     keys: bool,
 ) -> tuple[Tensor, Tensor]:
-    """dq (N, D), and dk (M, D), or (0,) without `keys`."""
-    q, k, g_row, g_col = (t.contiguous() for t in (q, k, g_row, g_col))  # kernels take no strides
+    """dq (N, D), and dk (M, D), or (0,) without `keys`. `upstream` in the order of Upstream."""
+    up = Upstream(*(t.contiguous() for t in upstream))  # kernels take no strides
+    pairs = Pairs(len(q), first, period, own)
     with torch.autocast(q.device.type, enabled=False):
-        return _gradients(q, k, row, col, g_row, g_col, skip, kind, keys)
+        return _gradients(q.contiguous(), k.contiguous(), pairs, kind, up, keys)
 
 
 @similarity_lse_backward.register_fake
-def _(q, k, row, col, g_row, g_col, skip, kind, keys):
+def _(q, k, upstream, first, period, own, kind, keys):
     return torch.empty_like(q), torch.empty_like(k) if keys else q.new_empty(0)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    q, k, ctx.skip, ctx.kind, _ = inputs
+    q, k, *ctx.how, _ = inputs
+    row, row_low, col, col_low, _ = output
+    ctx.mark_non_differentiable(row_low, col_low)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, *output)
+    ctx.save_for_backward(q, k, row, row_low, col, col_low)
 
 
-def _backward(ctx, g_row, g_col):
-    q, k, row, col = ctx.saved_tensors
-    (g_row,), (g_col,) = or_zeros((g_row,), row), or_zeros((g_col,), col)
-    grads = similarity_lse_backward(q, k, row, col, g_row, g_col, ctx.skip, ctx.kind, True)
-    return *grads, None, None, None
+def _backward(ctx, g_row, _, g_col, __, g_positive):
+    q, k, row, row_low, col, col_low = ctx.saved_tensors
+    g_row, g_positive = or_zeros((g_row, g_positive), row)
+    (g_col,) = or_zeros((g_col,), col)
+    grads = (g_row * (-row_low).exp(), g_positive, col, g_col * (-col_low).exp())
+    dq, dk = similarity_lse_backward(q, k, [row, *grads, q.new_empty(0)], *ctx.how, True)
+    return dq, dk, None, None, None, None, None
 
 
 similarity_lse.register_autograd(_backward, setup_context=_setup_context)
 
 
 @torch.library.custom_op("fastssl::self_similarity_lse", mutates_args=())
-def self_similarity_lse(z: Tensor, kind: int) -> Tensor:
-    """Each sample against all others: row (N,) of z (N, D) with itself, the diagonal left out."""
-    return similarity_lse(z, z, 0, kind, False)[0]
+def self_similarity_lse(z: Tensor, period: int, kind: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Each row of z (N, D) against all others: row, its low part and positive, (N,) each."""
+    row, low, _, _, positive = similarity_lse(z, z, 0, period, True, kind, False)
+    return row, low, positive
 
 
 @self_similarity_lse.register_fake
-def _(z, kind):
-    return z.new_empty(len(z), dtype=work_dtype(z))
+def _(z, period, kind):
+    return tuple(z.new_empty(len(z), dtype=work_dtype(z)) for _ in range(3))
 
 
 def _self_setup_context(ctx, inputs, output) -> None:
-    z, ctx.kind = inputs
-    ctx.save_for_backward(z, output)
+    z, ctx.period, ctx.kind = inputs
+    row, low, _ = output
+    ctx.mark_non_differentiable(low)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(z, row, low)
 
 
-def _self_backward(ctx, g):
-    z, row = ctx.saved_tensors
-    return similarity_lse_backward(z, z, row, row, g, g, 0, ctx.kind, False)[0], None
+def _self_backward(ctx, g, _, g_positive):
+    z, row, low = ctx.saved_tensors
+    g, g_positive = or_zeros((g, g_positive), row)
+    g = g * (-low).exp()
+    upstream = [row, g, g_positive, row, g, g_positive]
+    how = (0, ctx.period, True, ctx.kind, False)
+    return similarity_lse_backward(z, z, upstream, *how)[0], None, None
 
 
 self_similarity_lse.register_autograd(_self_backward, setup_context=_self_setup_context)

@@ -9,6 +9,8 @@ Shapes: N queries, M keys, D embedding; R x C a host tile.
 # mypy: allow-untyped-defs
 # (a Triton kernel's arguments have no Python types)
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -28,12 +30,12 @@ def tile(x: Tensor) -> dict[str, int]:
     return {**sides, "num_warps": 8, "num_stages": 3}
 
 
-def half_scale(g_row: Tensor, g_col: Tensor) -> Tensor:
+def half_scale(gradients: list[Tensor]) -> Tensor:
     """() power of two for float16 tiles of H, as for blocks of class gradients.
 
     2^10, not 2^15: a derivative of the square, 2 q.k, comes on top.
     """
-    bound = g_row.abs().max() + (g_col.abs().max() if len(g_col) else 0)
+    bound = torch.stack([g.abs().max() for g in gradients if len(g)]).sum()
     return torch.exp2(torch.floor(10 - torch.log2(bound.clamp(min=1e-30))))
 
 
@@ -47,16 +49,29 @@ def _products(
 
 
 @triton.jit
+def _meets(top, left, first, period, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Whether a tile holds an entry a multiple of `period` away from the own key's diagonal."""
+    least = left - first - top - (BLOCK_N - 1)
+    most = left + (BLOCK_M - 1) - first - top
+    shift = period * (tl.abs(least) // period + 1)  # remainders of what is not negative
+    return (most + shift) // period > (least + shift - 1) // period
+
+
+@triton.jit
 def _lse_kernel(
     q_ptr,
     k_ptr,
-    row_ptr,  # (2, column tiles, R): maximum, sum of exponentials
+    row_ptr,  # (3, column tiles, R): maximum, sum of exponentials, positives
     col_ptr,  # (2, row tiles, C)
     N,
     M,
     D,
-    skip,
+    first,  # column that is the own key of row 0
+    low,  # columns in [low, high) can be positives
+    high,
+    period,
     KIND: tl.constexpr,
+    OWN: tl.constexpr,
     COLUMNS: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -72,7 +87,14 @@ def _lse_kernel(
         s = s * s
     if KIND == 2:
         s = tl.abs(s)
-    counts = (rows < N)[:, None] & (cols < M)[None, :] & (cols[None, :] - skip != rows[:, None])
+    inside = (rows < N)[:, None] & (cols < M)[None, :]
+    away = cols[None, :] - first - rows[:, None]
+    counts = inside & (away != 0) if OWN else inside
+    positive = tl.zeros((BLOCK_N,), tl.float32)
+    if _meets(i * BLOCK_N, j * BLOCK_M, first, period, BLOCK_N, BLOCK_M):
+        among = (cols >= low) & (cols < high)
+        positive = tl.sum(tl.where(counts & among[None, :] & (away % period == 0), s, 0.0), 1)
+    tl.store(row_ptr + (2 * col_tiles + j) * N + rows, positive, mask=rows < N)
     s = tl.where(counts, s, -1e30)  # finite: a row of a tile may count nothing
     top = tl.max(s, 1)
     exps = tl.sum(tl.where(counts, tl.exp2((s - top[:, None]) * LOG2E), 0.0), 1)
@@ -85,15 +107,15 @@ def _lse_kernel(
         tl.store(col_ptr + (row_tiles + i) * M + cols, exps, mask=cols < M)
 
 
-def tile_lse(
-    q: Tensor, k: Tensor, rows: slice, columns: slice, skip: int, kind: int, wanted: bool
-) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp over one host tile's rows (R,), and columns (C,) or (0,); float32."""
+def tile_sums(
+    q: Tensor, k: Tensor, rows: slice, columns: slice, pairs: Any, kind: int, wanted: bool
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None, Tensor]:
+    """(maximum, sum of exponentials) over a host tile's rows and columns, and positives (R,)."""
     a, b = q[rows], k[columns]
     config = tile(q)
     row_tiles = triton.cdiv(len(a), config["BLOCK_N"])
     col_tiles = triton.cdiv(len(b), config["BLOCK_M"])
-    row = q.new_empty(2, col_tiles, len(a), dtype=torch.float32)
+    row = q.new_empty(3, col_tiles, len(a), dtype=torch.float32)
     col = q.new_empty(2, row_tiles, len(b), dtype=torch.float32) if wanted else row
     _lse_kernel[(row_tiles * col_tiles,)](
         a,
@@ -103,38 +125,52 @@ def tile_lse(
         len(a),
         len(b),
         q.shape[1],
-        _offset(rows, columns, skip),
+        *_counted(pairs, rows, columns),
         KIND=kind,
+        OWN=pairs.own,
         COLUMNS=wanted,
         EVEN_D=q.shape[1] % config["BLOCK_D"] == 0,
         PRECISION=dot_precision(q),
         **config,
     )
-    across = torch.logsumexp(row[0] + row[1].log(), 0)
-    return across, torch.logsumexp(col[0] + col[1].log(), 0) if wanted else row.new_empty(0)
+    return _combined(row), _combined(col) if wanted else None, row[2].sum(0)
 
 
-def _offset(rows: slice, columns: slice, skip: int) -> int:
-    """`skip` counted inside the host tile; far outside it where nothing is left out."""
-    return rows.start + skip - columns.start if skip >= 0 else 2**30
+def _combined(partial: Tensor) -> tuple[Tensor, Tensor]:
+    """One (maximum, sum of exponentials) from those of the tiles, (2 or 3, tiles, n)."""
+    top = partial[0].amax(0)
+    return top, (partial[1] * (partial[0] - top).exp()).sum(0)
+
+
+def _counted(pairs: Any, rows: slice, columns: slice) -> tuple[int, int, int, int]:
+    """first, low, high and period, counted from a host tile's first row and column."""
+    low = pairs.first - columns.start
+    return low + rows.start, low, low + pairs.n, pairs.period
 
 
 @triton.jit
 def _gradient_kernel(
     q_ptr,
     k_ptr,
-    row_ptr,  # (R,) log-sum-exps, and their gradients below
-    col_ptr,  # (C,)
+    row_ptr,  # (R,) log-sum-exps, then the gradients of Upstream
     g_row_ptr,
+    g_positive_ptr,
+    col_ptr,  # (C,)
     g_col_ptr,
+    g_positive_col_ptr,
     h_ptr,  # (R, C)
     N,
     M,
     D,
-    skip,
+    first,
+    low,
+    high,
+    period,
     stride,
     KIND: tl.constexpr,
+    OWN: tl.constexpr,
     COLUMNS: tl.constexpr,
+    SELF: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -158,49 +194,47 @@ def _gradient_kernel(
         col = tl.load(col_ptr + cols, mask=cols < M, other=0.0)
         g_col = tl.load(g_col_ptr + cols, mask=cols < M, other=0.0)
         h += g_col[None, :] * tl.exp2((s - col[None, :]) * LOG2E)
+    away = cols[None, :] - first - rows[:, None]
+    if _meets(i * BLOCK_N, j * BLOCK_M, first, period, BLOCK_N, BLOCK_M):
+        g = tl.load(g_positive_ptr + rows, mask=rows < N, other=0.0)[:, None]
+        if SELF:
+            g += tl.load(g_positive_col_ptr + cols, mask=cols < M, other=0.0)[None, :]
+        among = (cols >= low) & (cols < high)
+        h += tl.where(among[None, :] & (away % period == 0), g, 0.0)
     if KIND == 1:
         h = h * 2.0 * z
     if KIND == 2:
         h = tl.where(z < 0, -h, tl.where(z > 0, h, 0.0))
-    h = tl.where(cols[None, :] - skip != rows[:, None], h, 0.0)
+    if OWN:
+        h = tl.where(away != 0, h, 0.0)
     at = rows.to(tl.int64)[:, None] * stride + cols[None, :]
     tl.store(h_ptr + at, h.to(h_ptr.dtype.element_ty), mask=inside)
 
 
 def tile_gradient(
-    q: Tensor,
-    k: Tensor,
-    row: Tensor,
-    col: Tensor,
-    g_row: Tensor,
-    g_col: Tensor,
-    rows: slice,
-    columns: slice,
-    skip: int,
-    kind: int,
+    q: Tensor, k: Tensor, rows: slice, columns: slice, pairs: Any, kind: int, up: Any
 ) -> Tensor:
-    """H (R, C) of one host tile in q's dtype."""
+    """H (R, C) of one host tile in q's dtype; `pairs` and `up` as in _similarity.py."""
     a, b = q[rows], k[columns]
     config = tile(q)
     stride = -(-len(b) // 8) * 8  # rows that start on 16 bytes
     h = q.new_empty(len(a), stride)
     programs = triton.cdiv(len(a), config["BLOCK_N"]) * triton.cdiv(len(b), config["BLOCK_M"])
-    with_columns = len(col) > 0
     _gradient_kernel[(programs,)](
         a,
         b,
-        row[rows],
-        col[columns] if with_columns else row,
-        g_row[rows],
-        g_col[columns] if with_columns else row,
+        *(x[rows] for x in up[:3]),
+        *(x[columns] if len(x) else up.row for x in up[3:]),
         h,
         len(a),
         len(b),
         q.shape[1],
-        _offset(rows, columns, skip),
+        *_counted(pairs, rows, columns),
         stride,
         KIND=kind,
-        COLUMNS=with_columns,
+        OWN=pairs.own,
+        COLUMNS=len(up.col) > 0,
+        SELF=len(up.g_positive_col) > 0,
         EVEN_D=q.shape[1] % config["BLOCK_D"] == 0,
         PRECISION=dot_precision(q),
         **config,

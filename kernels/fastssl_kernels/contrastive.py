@@ -87,17 +87,16 @@ def nt_xent_loss(
     shard = Shard.batch(z.shape[0] * z.shape[1], group)
     z = _normalised(z) * _factor(temperature, similarity)
     z = cast_for_product(z, z, None)[0]
-    if group is None:
-        lse = self_similarity_lse(z.flatten(0, 1), KINDS[similarity])
+    rows, n, kind = z.flatten(0, 1), z.shape[1], KINDS[similarity]
+    if shard.world == 1:
+        lse, low, positive = self_similarity_lse(rows, n, kind)
     else:
-        everything = gather_inputs(z.flatten(0, 1), shard)
-        z = times_world(z, shard)
-        first = int(shard.first)
-        lse, _ = similarity_lse(z.flatten(0, 1), everything, first, KINDS[similarity], False)
-    pairs = _shape(torch.einsum("and,bnd->abn", *[z.to(work_dtype(z))] * 2), similarity)
-    others = 1 - torch.eye(len(z), dtype=pairs.dtype, device=z.device)
-    positives = (pairs * others[:, :, None]).sum(1).flatten() / (len(z) - 1)  # (V N,)
-    return sum_ranks((lse - positives).sum(), shard) / shard.classes  # rows first: less cancels
+        everything = gather_inputs(rows, shard)
+        rows = times_world(rows, shard)
+        first = shard.first
+        lse, low, _, _, positive = similarity_lse(rows, everything, first, n, True, kind, False)
+    losses = (lse - positive / (len(z) - 1)) + low  # (V N,)
+    return sum_ranks(losses.sum(), shard) / shard.classes
 
 
 def info_nce_loss(
@@ -123,15 +122,17 @@ def info_nce_loss(
     factor = _factor(temperature, "cosine")
     q, k, _ = cast_for_product(_normalised(queries) * factor, _normalised(keys) * factor, None)
     everything = gather_inputs(k, shard)
-    q, k = times_world(q, shard), times_world(k, shard)
-    row, col = similarity_lse(q, everything, -1, KINDS["cosine"], symmetric)
-    positives = (q.to(row.dtype) * k[: len(q)].to(row.dtype)).sum(1)  # (N,)
-    rows = sum_ranks((row - positives).sum(), shard)
+    q = times_world(q, shard)
+    row, row_low, col, col_low, positive = similarity_lse(
+        q, everything, shard.first, len(q), False, KINDS["cosine"], symmetric
+    )
+    rows = sum_ranks(((row - positive) + row_low).sum(), shard)
     if not symmetric:
         return rows / shard.classes
-    col = combine_lse(col, torch.zeros_like(col), [], shard)[0]  # of all ranks' keys
-    fixed = positives.detach()  # in value, each column's; in gradient, this rank's
-    columns = (col - gather(fixed, shard)).sum() - sum_ranks((positives - fixed).sum(), shard)
+    col, col_low = combine_lse(col, col_low, [], shard)  # of all ranks' keys
+    fixed = positive.detach()  # in value, each column's; in gradient, this rank's
+    columns = ((col - gather(fixed, shard)) + col_low).sum()
+    columns = columns - sum_ranks((positive - fixed).sum(), shard)
     return (rows + columns) / (2 * shard.classes)
 
 

@@ -11,12 +11,16 @@ Shapes: N batch, C channels, S pixels per side, K most taps of a resampled pixel
 # ^ numba infers the types of what it compiles
 
 import hashlib
+import math
 import os
+import sys
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from threading import Lock
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,8 +38,13 @@ from fastssl_pipelines.augment.rebind import rebind
 from fastssl_pipelines.augment.reference import BLUR_REACH
 from fastssl_pipelines.spec import View
 
+BUFFERS = 8  # at most so many outputs are kept to be used again
+UNUSED = 3  # references to a buffer that no tensor holds: the deque's, the loop's, the call's
 CHUNKS_PER_THREAD = 4  # a thread that is done early takes over work of a slower one
 RELAXED = {"contract", "reassoc", "arcp", "nsz", "nnan", "ninf"}  # lets sums and selects vectorise
+
+_buffers: deque[np.ndarray] = deque(maxlen=BUFFERS)
+_buffers_lock = Lock()
 
 exact = numba.njit(nogil=True, error_model="numpy")
 fast = numba.njit(nogil=True, error_model="numpy", fastmath=RELAXED)
@@ -312,7 +321,8 @@ def render(images: Images, table: Tensor, view: View, quality: str) -> Tensor:
     """`reference.render`, within 1/255. -> (G, N, 3, S, S)"""
     groups, count, columns = table.shape
     size, last = view.size, view.channels_last
-    out = torch.empty((groups, count, size, size, 3) if last else (groups, count, 3, size, size))
+    shape = (groups, count, size, size, 3) if last else (groups, count, 3, size, size)
+    out = _empty(math.prod(shape)).view(shape)
     affine = quality == "affine"
     rows = table.reshape(-1, columns)
     colors = color_maps(rows) if affine else rows[:0, :12]
@@ -329,6 +339,20 @@ def render(images: Images, table: Tensor, view: View, quality: str) -> Tensor:
         out.view(groups * count, 3 * size * size).numpy(),
     )
     return (out.movedim(-1, 2) if last else out).to(view.dtype)
+
+
+def _empty(count: int) -> Tensor:
+    """float32 (count,), in memory of an earlier batch that nobody looks at any more, if there is
+    any.
+
+    The first touch of fresh pages costs as much time as rendering small views into them.
+    """
+    with _buffers_lock:
+        for buffer in _buffers:
+            if buffer.size == count and sys.getrefcount(buffer) == UNUSED:
+                return torch.from_numpy(buffer)  # holds a reference for as long as it lives
+        _buffers.append(np.empty(count, np.float32))
+        return torch.from_numpy(_buffers[-1])
 
 
 def _in_chunks(kernel: Any, count: int, tensors: tuple[Tensor, ...], *arguments: Any) -> None:
