@@ -105,7 +105,10 @@ def test_the_stream_depends_on_seed_and_epoch_alone(opened: Open) -> None:
 
 def test_skip_continues_exactly(opened: Open) -> None:
     whole = list(opened().epoch(5))
-    for skip in (1, 3, 4, 9):
+    for wrong in ({"epoch": -1}, {"epoch": 0, "skip": 5}, {"epoch": 0, "skip": -1}):
+        with pytest.raises(ValueError, match="give 0 to 2\\^32 and 0 to 4"):
+            opened().epoch(**wrong)
+    for skip in (1, 3, 4):
         rest = list(opened().epoch(5, skip=skip))
         assert len(rest) == max(0, len(whole) - skip)
         for a, b in zip(whole[skip:], rest, strict=True):
