@@ -8,6 +8,13 @@ import pytest
 
 def needs(*names: str) -> pytest.MarkDecorator:
     """Mark tests that need these libraries. Under CI they run, and fail, where one is missing."""
-    missing = [name for name in names if find_spec(name.split(".")[0]) is None]
+    missing = [name for name in names if not _is_installed(name)]
     reason = f"not installed: {', '.join(missing)}"
     return pytest.mark.skipif(bool(missing) and not os.environ.get("CI"), reason=reason)
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:  # the package around it is missing
+        return False

@@ -2,8 +2,10 @@
 
 import gc
 import os
+import tarfile
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +105,10 @@ def test_the_stream_depends_on_seed_and_epoch_alone(opened: Open) -> None:
 
 def test_skip_continues_exactly(opened: Open) -> None:
     whole = list(opened().epoch(5))
-    for skip in (1, 3, 4, 9):
+    for wrong in ({"epoch": -1}, {"epoch": 0, "skip": 5}, {"epoch": 0, "skip": -1}):
+        with pytest.raises(ValueError, match="give 0 to 2\\^32 and 0 to 4"):
+            opened().epoch(**wrong)
+    for skip in (1, 3, 4):
         rest = list(opened().epoch(5, skip=skip))
         assert len(rest) == max(0, len(whole) - skip)
         for a, b in zip(whole[skip:], rest, strict=True):
@@ -286,3 +291,46 @@ def test_encoded_sources_are_one_data_set(files: list[Path], tmp_path: Path) -> 
     streams = [next(open_pipeline("dali", source, **given).epoch(0)) for source in kinds]
     for batch in streams[1:]:
         assert torch.equal(batch.views[2], streams[0].views[2])
+
+
+@pytest.mark.slow
+@needs("nvidia.dali", "ffcv")
+def test_engines_train_to_the_same_accuracy(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Imagenette's 750 training images, 2 seeds: engines differ by no more than seeds do."""
+    from fastssl.pretrain import pretrain
+    from fastssl.recipes import RECIPES
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with tarfile.open(data / "imagenette-224-1000.tar") as tar:
+        tar.extractall(tmp_path / "nette", filter="data")
+    config = replace(
+        RECIPES["barlow"],
+        data=str(tmp_path / "nette"),
+        backbone="fastnet-8",
+        image_size=32,
+        load_size=64,
+        epochs=2,
+        warmup_epochs=1,
+        batch_size=50,
+        lr=2e-3,
+        lambd=0.02,
+        projector_width=128,
+        projector_layers=2,
+        label_draws=1,
+    )
+    accuracy: dict[str, list[float]] = {}
+    for engine in ("resident", "dali", "ffcv"):
+        for seed in (0, 1):
+            run = replace(config, engine=engine, seed=seed)
+            folder = tmp_path / f"{engine}-{seed}"
+            summary = pretrain(run, folder, lambda line: None)
+            cells = summary["accuracy"]["pretrained"]
+            accuracy.setdefault(engine, []).append(cells["linear_all"]["mean"])
+            assert summary["images"] == 750 and summary["unreadable"] == {}
+    print(accuracy)
+    chance_spread = 0.032  # of an accuracy near 0.4 over 250 test images: one standard error
+    means = {engine: float(np.mean(values)) for engine, values in accuracy.items()}
+    assert max(means.values()) - min(means.values()) < 2 * chance_spread, accuracy
+    assert min(means.values()) > 0.25, "nothing was learnt, so nothing is compared"

@@ -77,9 +77,16 @@ def choose_engine(source: Any, device: torch.device | str) -> tuple[str, str]:
     else:
         on = "GPU" if torch.device(device).type == "cuda" else "CPU"
         engine, why = "dali", f"the images are encoded, and DALI decodes on this {on}"
-    if find_spec("nvidia.dali" if engine == "dali" and find_spec("nvidia") else engine) is None:
+    if not _is_installed("nvidia.dali" if engine == "dali" else "ffcv"):
         raise ValueError(f"{why}, but it is missing: pip install 'fastssl-torch[{engine}]'")
     return engine, why
+
+
+def _is_installed(library: str) -> bool:
+    try:
+        return find_spec(library) is not None
+    except ModuleNotFoundError:  # the package around it is missing
+        return False
 
 
 def _is_encoded(source: Any) -> bool:

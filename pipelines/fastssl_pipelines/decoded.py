@@ -126,6 +126,13 @@ class DecodedPipeline(ABC):
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
         """Batches `skip` to the last of epoch `epoch`."""
+        if not 0 <= epoch < 2**32 or not 0 <= skip <= len(self):
+            raise ValueError(
+                f"epoch is {epoch}, skip is {skip}: give 0 to 2^32 and 0 to {len(self)}"
+            )
+        return self._rendered(epoch, skip)
+
+    def _rendered(self, epoch: int, skip: int) -> Iterator[Batch]:
         with closing(self._decoded(self.order(epoch)[skip:], epoch)) as decoded:
             for images, index in decoded:
                 if len(index) == 0:
