@@ -101,6 +101,13 @@ def column_square(z_ptr, view, cols, mean, N, D, BLOCK_N: tl.constexpr, BLOCK_D:
 
 
 @triton.jit
+def reciprocal_root(x):
+    """1 / sqrt(x) to the last bits: one Newton step after the hardware's approximation."""
+    guess = tl.rsqrt(x)
+    return guess * (1.5 - 0.5 * x * guess * guess)
+
+
+@triton.jit
 def slot_sum(ptr, count, BLOCK: tl.constexpr):
     """The sum of `count` fp32 partial sums, in a fixed order."""
     total = tl.zeros((BLOCK,), dtype=tl.float32)

@@ -43,6 +43,7 @@ from fastssl_kernels._columns import (
     column_square,
     cross_gaps,
     load_tile,
+    reciprocal_root,
     row_chunks,
     slot_sum,
     weighted_total,
@@ -272,12 +273,12 @@ def _columns_kernel(
     inside = cols < D
     mean_a = column_mean(z_ptr, a, cols, N, D, BLOCK_N, BLOCK_D)
     var_a = column_square(z_ptr, a, cols, mean_a, N, D, BLOCK_N, BLOCK_D) / N
-    rstd_a = 1.0 / tl.sqrt(var_a + eps)
+    rstd_a = reciprocal_root(var_a + eps)
     on = tl.zeros((BLOCK_D,), dtype=tl.float32)
     for b in range(V):
         mean_b = column_mean(z_ptr, b, cols, N, D, BLOCK_N, BLOCK_D)
         var_b = column_square(z_ptr, b, cols, mean_b, N, D, BLOCK_N, BLOCK_D) / N
-        rstd_b = 1.0 / tl.sqrt(var_b + eps)
+        rstd_b = reciprocal_root(var_b + eps)
         gaps = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
         for start in range(0, N, BLOCK_N):
             za, rows, _ = load_tile(z_ptr, a, start, cols, N, D, BLOCK_N)
