@@ -99,13 +99,17 @@ def _rows(suite: str) -> Callable[[str, float, str], Iterator[Row]]:
 
         return accuracy.rows
     if suite == "losses":
-        from bench import losses as module
+        from bench import losses
+
+        sources = [losses.cases]
     else:
-        from bench import pipelines as module  # type: ignore[no-redef]
+        from bench import decode, pipelines
+
+        sources = [pipelines.cases, decode.cases]
 
     def rows(device: str, end: float, match: str) -> Iterator[Row]:
         yield from timed_rows(
-            [case for case in module.cases(device) if match in case.name], device, end
+            [case for cases in sources for case in cases(device) if match in case.name], device, end
         )
 
     return rows
