@@ -24,6 +24,7 @@ import torch
 from bench.measure import Call, Case
 from fastssl_pipelines import View, open_pipeline, policies, spec
 from fastssl_pipelines.augment import as_images, views_of
+from fastssl_pipelines.decoded import ahead
 from fastssl_pipelines.encoded import decode
 
 BATCH = 32
@@ -162,27 +163,21 @@ def _torchvision(views: Sequence[View], device: str) -> Call:
 
 
 def _bare_dali(views: Sequence[View], device: str) -> Call:
-    """DALI reads the files in order and decodes them: no views, no copy, its own prefetching."""
-    from nvidia.dali import Pipeline, fn, types
+    """DALI decodes bytes held in memory, one batch ahead within the pass: no views, no copy."""
+    from fastssl_pipelines.dali import _Dali
 
-    cuda = device != "cpu"
-    pipe = Pipeline(
-        batch_size=BATCH,
-        num_threads=os.cpu_count() or 1,
-        device_id=(torch.device(device).index or 0) if cuda else None,
-        prefetch_queue_depth=2,
-    )
-    with pipe:
-        data, _ = fn.readers.file(files=[str(file) for file in _files()])
-        kind = types.DALIImageType.RGB
-        pipe.set_outputs(
-            fn.decoders.image(data, device="mixed" if cuda else "cpu", output_type=kind)
-        )
-    pipe.build()
+    try:
+        decoder = _Dali(BATCH, os.cpu_count() or 1, torch.device(device), oriented=False)
+    except ValueError as error:
+        raise ImportError(str(error)) from error
+    data = [np.fromfile(file, np.uint8) for file in _files()]
+    batches = [data[k : k + BATCH] for k in range(0, len(data) // BATCH * BATCH, BATCH)]
 
     def one_pass() -> None:
-        for _ in range(len(_files()) // BATCH):
-            pipe.run()
+        for _ in ahead(batches, decoder.schedule, decoder.collect, 1):
+            pass
+        if device != "cpu":
+            torch.cuda.synchronize()
 
     return one_pass
 
