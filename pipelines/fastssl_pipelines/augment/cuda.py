@@ -6,7 +6,7 @@ Wx^T, a window of the source at a time, whatever the scale: antialias costs no e
 Gaussian blur is the same with other weights. The operands are fp16 (bytes are exact in it, weights
 carry 11 bits), the sums fp32.
 
-Up to 64 px a view is one tile in registers, blur and all. Above, a program walks over tiles, twice
+Up to 32 px a view is one tile in registers, blur and all. Above, a program walks over tiles, twice
 where a contrast step needs the mean first, and leaves views that will be blurred as bytes for a
 second kernel.
 
@@ -32,7 +32,7 @@ from fastssl_pipelines.augment.rebind import rebind
 from fastssl_pipelines.augment.reference import BLUR_REACH
 from fastssl_pipelines.spec import View
 
-WHOLE = 64  # largest side that is one tile
+WHOLE = 32  # largest side that is one tile; at 64 px it would spill registers on sm_80
 DRAW_BLOCK = 128
 
 
@@ -382,9 +382,9 @@ def _blur_kernel(
         _store_pixels(out_ptr, r * gain, g * gain, b * gain, row, numbers_ptr, y, x, SIZE, LAST)
 
 
-# Found by compiling for sm_80, sm_90 and sm_100: the widest windows that spill no register.
-WHOLE_TILES = {16: (16, 2), 32: (32, 4), 64: (32, 8)}  # B = S rounded up: (W, warps)
-TILE, WINDOW, WARPS = 64, 32, 8  # of larger views
+# Found by compiling for sm_80, sm_90 and sm_100: wide windows that spill no register.
+WHOLE_TILES = {16: (16, 2), 32: (32, 4)}  # B = S rounded up: (W, warps)
+TILE, WINDOW, WARPS = 32, 32, 8  # of larger views
 
 
 @cache
