@@ -124,29 +124,31 @@ def test_accuracy_table_is_the_mean_over_seeds() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("budget_s", [25])
-def test_the_command_ends_inside_its_budget(tmp_path: Path, budget_s: int) -> None:
+def test_the_command_ends_inside_its_budget(tmp_path: Path) -> None:
+    """With far more to measure than fits, and calls of seconds among it."""
     path = ":".join(str(ROOT / part) for part in (".", "kernels", "pipelines"))
-    command = [
-        sys.executable,
-        "-m",
-        "bench",
-        "--out",
-        str(tmp_path),
-        "--only",
-        "losses,pipelines",
-        "--budget-s",
-        str(budget_s),
-    ]
+    command = [sys.executable, "-m", "bench", "--out", str(tmp_path), "--only", "losses"]
     begin = time.monotonic()
     done = subprocess.run(
-        command,
+        [*command, "--budget-s", "20"],
         capture_output=True,
         text=True,
         env={"PYTHONPATH": path, "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
         cwd=ROOT,
     )
-    assert time.monotonic() - begin < budget_s + 3
     assert done.returncode == 0, done.stderr
+    assert time.monotonic() - begin < 21
     stamp, rows = read_results(tmp_path / "losses.jsonl")
-    assert stamp["cpu"] and rows and not [row for row in rows if "failed" in row]
+    assert stamp["cpu"] and not [row for row in rows if "failed" in row]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["coding rate V=20", "nt-xent"])
+def test_variants_of_a_case_agree(name: str) -> None:
+    """What the command checks before it times, on a case of each file of losses."""
+    from bench import losses
+
+    chosen = next(case for case in losses.cases("cpu") if name in case.name)
+    variants = chosen.build()
+    assert len(variants) > 1
+    chosen.check(variants)
