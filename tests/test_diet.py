@@ -374,51 +374,6 @@ def test_modes_train_to_the_same_curve_on_real_images(count: int, data: Path) ->
         assert relative_error(other, none) < 1e-4, (save, fused)
 
 
-def probe(images: Tensor, labels: Tensor, rate: float, seed: int) -> float:
-    """Accuracy of a linear probe on what DIET with this sample rate learned from digits.
-
-    The learning rate falls to 0, so that the last step's noise does not decide.
-    """
-    from sklearn.linear_model import LogisticRegression
-
-    torch.manual_seed(seed)
-    epochs, peak = 30, 1e-2
-    network = small_network(64)
-    head = DIETHead(len(images), 64, optimizer="adamw", lr=peak, sample_rate=rate)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=peak)
-    generator = torch.Generator().manual_seed(seed)
-    for epoch in range(epochs):
-        head.lr = optimizer.param_groups[0]["lr"] = peak * (1 - epoch / epochs)
-        for index in torch.randperm(len(images), generator=generator).split(128):
-            if len(index) < 128:
-                continue
-            shift = torch.randint(-3, 4, (2,), generator=generator).tolist()
-            batch = images[index].roll(shift, (2, 3))
-            loss = head(network(batch), index)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    with torch.no_grad():
-        features = network(images).numpy()
-    features = (features - features.mean(0)) / (features.std(0) + 1e-6)
-    half = len(images) // 2
-    model = LogisticRegression(max_iter=500).fit(features[:half], labels[:half])
-    return float(model.score(features[half:], labels[half:]))
-
-
-@pytest.mark.slow
-def test_sampled_negatives_reach_within_two_points_of_exact(data: Path) -> None:
-    digits = np.load(data / "mnist.npz")
-    images = torch.tensor(digits["x_train"][:3000], dtype=torch.float32)[:, None] / 255 - 0.5
-    images = images.expand(-1, 3, -1, -1).contiguous()
-    labels = torch.tensor(digits["y_train"][:3000].astype(np.int64))
-    exact, sampled = (
-        sum(probe(images, labels, rate, seed) for seed in (0, 1)) / 2 for rate in (1.0, 0.3)
-    )
-    assert exact > 0.7
-    assert sampled > exact - 0.02, (exact, sampled)
-
-
 @pytest.mark.slow
 def test_every_update_tile_compiles_without_spills() -> None:
     found = []
