@@ -1,4 +1,7 @@
-"""Named Configs. Above each: command, hardware, wall clock, accuracy to expect (n, std)."""
+"""Named Configs. Above each: wall clock and accuracy on what hardware, or "not measured yet".
+
+Each is run by `fastssl train NAME`; accuracies are those of the README's table.
+"""
 
 from dataclasses import replace
 
@@ -44,15 +47,20 @@ _CPU_PHOTOS = Config(
 )
 
 RECIPES: dict[str, Config] = {
+    # 2 CPU cores, 39 s; 10 labels per class: linear .968 (n 3, std .002), kNN .962 (.002)
     "digits-diet": replace(_DIGITS, method="diet", views=2),
+    # 2 CPU cores, 33 s; 10 labels per class: linear .964 (n 3, std .001), kNN .878 (.005)
     "digits-barlow": replace(_DIGITS, method="barlow", lambd=0.02),
+    # a GPU, CIFAR-10: not measured yet
     "cifar10-diet": replace(
         _CIFAR10, method="diet", policy="diet_cifar", views=1, epochs=1000, batch_size=2048, lr=8e-3
     ),
     "cifar10-barlow": replace(_CIFAR10, method="barlow", lambd=0.001),
     "cifar10-vicreg": replace(_CIFAR10, method="vicreg"),
+    # a folder of images, a small net for CPUs: not measured yet
     "barlow-cpu": replace(_CPU_PHOTOS, method="barlow", lambd=0.01),
     "diet-cpu": replace(_CPU_PHOTOS, method="diet", views=1),
+    # a folder of images, a GPU: not measured yet
     "barlow": Config(method="barlow"),
     "diet": Config(method="diet", views=1),
     "vicreg": Config(method="vicreg"),
