@@ -77,10 +77,15 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def _train(arguments: list[str]) -> None:
+def _recipe_first(command: str, arguments: list[str]) -> tuple[str, list[str]]:
+    """(recipe, flags) of a command that takes a recipe."""
     if not arguments or arguments[0].startswith("-"):
-        raise UsageError(f"fastssl train needs a recipe first; there are {', '.join(RECIPES)}")
-    recipe, *flags = arguments
+        raise UsageError(f"fastssl {command} needs a recipe first; there are {', '.join(RECIPES)}")
+    return arguments[0], arguments[1:]
+
+
+def _train(arguments: list[str]) -> None:
+    recipe, flags = _recipe_first("train", arguments)
     config = parse_config(recipe, flags)
     from fastssl.pretrain import pretrain  # torch and all: only once the command line is right
 
@@ -111,9 +116,7 @@ def _eval(arguments: list[str]) -> None:
 
 
 def _views(arguments: list[str]) -> None:
-    if not arguments or arguments[0].startswith("-"):
-        raise UsageError(f"fastssl views needs a recipe first; there are {', '.join(RECIPES)}")
-    recipe, *flags = arguments
+    recipe, flags = _recipe_first("views", arguments)
     out = "views.png"
     if "--out" in flags:
         at = flags.index("--out")
