@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from bench.experiments import time_to
 from bench.measure import environment
 from fastssl.config import Config
 from fastssl.data import Images, load_images, load_labels
-from fastssl.evaluate import extract_features
-from fastssl.inputs import SPLITS, build_views, seeded_backbone
+from fastssl.inputs import SPLITS, build_views, centre_features, seeded_backbone
 from fastssl.objectives import build_objective
 from fastssl.objectives.objective import ProjectedObjective
 from fastssl.probe import OnlineProbe, read_probes
@@ -159,12 +159,7 @@ def run(name: str, config: Config, images: int, theirs: tuple[bool, bool]) -> di
     )
 
     def extract(net: torch.nn.Module) -> tuple[Tensor, Tensor]:
-        first, second = (
-            extract_features(
-                net, x, image_size=32, mean=views[0].mean, std=views[0].std, device=CPU
-            )
-            for x in (train_images, test_images)
-        )
+        first, second = (centre_features(config, net, x) for x in (train_images, test_images))
         return first, second
 
     with tempfile.TemporaryDirectory() as folder:
@@ -181,11 +176,6 @@ def run(name: str, config: Config, images: int, theirs: tuple[bool, bool]) -> di
         "views_per_s": trained.views_per_s,
         "probes": probes,
     }
-
-
-def time_to(probes: list[dict[str, float]], target: float) -> float | None:
-    """Seconds of training at the first probe that reaches `target`."""
-    return next((p["train_s"] for p in probes if p["knn"] >= target), None)
 
 
 def main() -> int:

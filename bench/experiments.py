@@ -82,7 +82,7 @@ def time_to_table(rows: list[Row], reference: str) -> str:
     head = ["", "n", "training s", "final kNN", f"s to kNN {target:.3f}"]
     lines = []
     for case, runs in cases.items():
-        found = [_first_s(run["probes"], target) for run in runs]
+        found = [time_to(run["probes"], target) for run in runs]
         reached = [seconds for seconds in found if seconds is not None]
         when = mean_std(reached, 0) if reached else "not reached"
         if 0 < len(reached) < len(runs):
@@ -93,7 +93,8 @@ def time_to_table(rows: list[Row], reference: str) -> str:
     return markdown(head, lines)
 
 
-def _first_s(probes: list[Row], target: float) -> float | None:
+def time_to(probes: list[Row], target: float) -> float | None:
+    """Seconds of training at the first probe that reaches `target`."""
     return next((p["train_s"] for p in probes if p["knn"] >= target), None)
 
 

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from fastssl.checkpoint import load_backbone, load_checkpoint
 from fastssl.config import Config, read_config
 from fastssl.data import Images
-from fastssl.evaluate import extract_features
-from fastssl.inputs import build_views, choose_device, seeded_backbone
+from fastssl.inputs import build_views, centre_features, choose_device, seeded_backbone
 from fastssl_pipelines import View
 from fastssl_pipelines.resident import ResidentPipeline
 
@@ -39,15 +38,7 @@ class Frozen:
     @torch.no_grad()
     def centre_features(self, images: Images) -> Tensor:
         """Features (M, F) of one centre view of images (M, S, S, 3)."""
-        view = build_views(self.config)[0]
-        return extract_features(
-            self.backbone,
-            images,
-            image_size=self.config.image_size,
-            mean=view.mean,
-            std=view.std,
-            device=self.device,
-        )
+        return centre_features(self.config, self.backbone, images)
 
     def training_views(self, count: int) -> tuple[View, ...]:
         """`count` views of the run's policy, its own in turn."""

@@ -3,12 +3,12 @@
 Shapes: M data set, S pixels per side.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastssl.backbones import build_backbone
 from fastssl.config import Config
@@ -24,6 +24,8 @@ from fastssl.data import (
     require_memory,
 )
 from fastssl.distributed import ALONE, Ranks
+from fastssl.evaluate import extract_features
+from fastssl.state import device_of
 from fastssl_pipelines import Pipeline, View, choose_engine, open_pipeline, policies
 from fastssl_pipelines.decoded import DecodedPipeline
 
@@ -158,13 +160,30 @@ def training_images(config: Config) -> Images:
     return load_split(config, "train", {})
 
 
+def split_labels(
+    config: Config, split: Split, count: int, left_out: Collection[str]
+) -> Labels | None:
+    """The labels of the `count` images of `load_split`, row for row; None where the data has none.
+    left_out: the names of the unreadable ones."""
+    found = load_labels(config.data, split, holdout=config.holdout, left_out=left_out)
+    return None if found is None else found[:count]
+
+
+def centre_features(config: Config, backbone: nn.Module, images: Images) -> Tensor:
+    """Features (M, F) float32, on the CPU, of one centre view of images (M, S, S, 3), as the
+    config's views are normalised."""
+    view, device = build_views(config)[0], device_of(backbone)
+    size, mean, std = config.image_size, view.mean, view.std
+    return extract_features(backbone, images, image_size=size, mean=mean, std=std, device=device)
+
+
 def load_both(config: Config) -> tuple[list[Images], list[Labels | None]]:
     """The images of a run's training and test part, and their labels, row for row, as `evaluate`
     sees them."""
     left_out: dict[str, str] = {}
     images = [load_split(config, split, left_out) for split in SPLITS]
-    labels = []
-    for split, rows in zip(SPLITS, images, strict=True):
-        found = load_labels(config.data, split, holdout=config.holdout, left_out=left_out)
-        labels.append(None if found is None else found[: len(rows)])
+    labels = [
+        split_labels(config, split, len(rows), left_out)
+        for split, rows in zip(SPLITS, images, strict=True)
+    ]
     return images, labels

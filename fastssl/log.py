@@ -23,7 +23,7 @@ class Log:
         self, path: Path | None, total: int, start: int = 0, console: Console | None = None
     ):
         if path:
-            self._keep_until(path, start)
+            keep_until(path, start)
         self._file: TextIO = open(path or os.devnull, "a", buffering=1)
         self._console = console or Console(quiet=path is None)
         self._total = total
@@ -41,16 +41,6 @@ class Log:
         self._task = self._bar.add_task(
             "train", total=total, completed=start, loss="...", rate="..."
         )
-
-    @staticmethod
-    def _keep_until(path: Path, step: int) -> None:
-        """Drop the reports after `step`: a resumed run writes them again."""
-        if path.is_file():
-            lines = path.read_text().splitlines()
-            kept = [
-                line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step
-            ]
-            path.write_text("".join(line + "\n" for line in kept))
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -81,6 +71,14 @@ class Log:
             line = f"step {step}/{self._total}  loss {metrics['loss']:.4f}  {rate} views/s"
             line += f"  {left:.0f} s left"
             self._console.print(line, highlight=False)
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Drop a file's reports after `step`: a resumed run writes them again."""
+    if path.is_file():
+        lines = path.read_text().splitlines()
+        kept = [x for x in lines if x.endswith("}") and json.loads(x)["step"] <= step]
+        path.write_text("".join(line + "\n" for line in kept))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

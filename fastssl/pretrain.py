@@ -10,14 +10,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fastssl import run_folder
 from fastssl.checkpoint import load_backbone, save_backbone
 from fastssl.config import Config, read_config
-from fastssl.data import Images, load_labels
+from fastssl.data import Images
 from fastssl.distributed import Ranks, global_batch_norm, joined_ranks, rank_batch
 from fastssl.evaluate import (
     LABELS_PER_CLASS,
@@ -26,22 +25,23 @@ from fastssl.evaluate import (
     Probe,
     Shares,
     evaluate_features,
-    extract_features,
     raw_pixels,
 )
 from fastssl.inputs import (
     SPLITS,
     Data,
     build_views,
+    centre_features,
     choose_device,
     load_split,
     open_data,
     seeded_backbone,
+    split_labels,
     unreadable,
 )
 from fastssl.log import draw_curves, read_metrics
 from fastssl.objectives import build_objective
-from fastssl.oracle import build_oracle
+from fastssl.oracle import Oracle, build_oracle
 from fastssl.probe import OnlineProbe
 from fastssl.schedule import ramp
 from fastssl.spectrum import rankme
@@ -96,14 +96,14 @@ def _train(
     if config.init:
         say(load_backbone(Path(config.init), backbone, partial=config.init_partial))
     features: int = backbone.num_features  # type: ignore[assignment]
-    oracle = build_oracle(config, _labels(config, data)) if config.oracle != "none" else None
+    oracle = _oracle(config, data) if config.oracle != "none" else None
     objective = build_objective(
         own, features=features, num_samples=len(data.images), oracle=oracle, group=ranks.group
     ).to(device)
     if config.sync_batchnorm:
         backbone = global_batch_norm(backbone, ranks)
         objective = global_batch_norm(objective, ranks)
-    probe = _online_probe(config, data, folder, device) if ranks.first else None
+    probe = _online_probe(config, data, folder) if ranks.first else None
     if ranks.first:  # all that can be wrong has been found
         run_folder.create(folder, config)
         holds.enter_context(run_folder.held(folder))
@@ -155,41 +155,31 @@ def _evaluated(
     return summary
 
 
-def _labels(config: Config, data: Data) -> np.ndarray | None:
-    """The training images' labels (M,), for an oracle."""
-    labels = load_labels(config.data, "train", holdout=config.holdout, left_out=data.left_out)
-    return labels if labels is None else labels[: len(data.images)]
+def _oracle(config: Config, data: Data) -> Oracle:
+    """The oracle of `config`, which alone is given the training images' labels."""
+    labels = split_labels(config, "train", len(data.images), data.left_out)
+    return build_oracle(config, labels)
 
 
 def _silent(line: str) -> None:
     """What the ranks behind the first have to say."""
 
 
-def _online_probe(
-    config: Config, data: Data, folder: Path, device: torch.device
-) -> OnlineProbe | None:
+def _online_probe(config: Config, data: Data, folder: Path) -> OnlineProbe | None:
     """The probe that `config.probe_epochs` asks for; ValueError where the data has no labels."""
     if not config.probe_epochs:
         return None
     left_out = dict(data.left_out)
     test_images = load_split(config, "test", left_out)
-    labels = [
-        load_labels(config.data, split, holdout=config.holdout, left_out=left_out)
-        for split in SPLITS
-    ]
+    splits = zip(SPLITS, (data.images, test_images), strict=True)
+    labels = [split_labels(config, split, len(rows), left_out) for split, rows in splits]
     if labels[0] is None or labels[1] is None:
         raise ValueError(f"--probe-epochs needs labels, and {config.data} has none; drop it")
-    labels[0] = labels[0][: len(data.images)]
     steps = [max(1, len(images) // PROBE_IMAGES) for images in (data.images, test_images)]
     images = [data.images[:: steps[0]], test_images[:: steps[1]]]
-    view = build_views(config)[0]
 
     def extract(backbone: nn.Module) -> tuple[Tensor, Tensor]:
-        size, mean, std = config.image_size, view.mean, view.std
-        train, test = (
-            extract_features(backbone, x, image_size=size, mean=mean, std=std, device=device)
-            for x in images
-        )
+        train, test = (centre_features(config, backbone, x) for x in images)
         return train, test
 
     chosen = tuple(
@@ -220,27 +210,20 @@ def evaluate(
     left_out = dict(left_out)
     test_images = load_split(config, "test", left_out)
     backbone = seeded_backbone(config, device)
-    view = build_views(config)[0]
 
     def features(images: Images) -> Tensor:
-        size, mean, std = config.image_size, view.mean, view.std
-        return extract_features(
-            backbone, images, image_size=size, mean=mean, std=std, device=device
-        )
+        return centre_features(config, backbone, images)
 
     rows = {"raw pixels": (raw_pixels(train_images), raw_pixels(test_images))}
     rows["untrained"] = features(train_images), features(test_images)
     load_backbone(folder / "backbone.safetensors", backbone)
     rows["pretrained"] = features(train_images), features(test_images)
     rank = rankme(rows["pretrained"][0][:RANKME_SAMPLES])
-    labels = [
-        load_labels(config.data, split, holdout=config.holdout, left_out=left_out)
-        for split in SPLITS
-    ]
+    splits = zip(SPLITS, (train_images, test_images), strict=True)
+    labels = [split_labels(config, split, len(rows), left_out) for split, rows in splits]
     if labels[0] is None or labels[1] is None:
         return {}, rank
-    train_labels = torch.from_numpy(labels[0])[: len(train_images)]
-    test_labels = torch.from_numpy(labels[1])
+    train_labels, test_labels = torch.from_numpy(labels[0]), torch.from_numpy(labels[1])
     table = {}
     for row, (train_x, test_x) in rows.items():
         table[row] = evaluate_features(

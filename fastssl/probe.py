@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.evaluate import knn_accuracy
+from fastssl.log import keep_until, read_metrics
 from fastssl.schedule import Progress
 
 Extract = Callable[[nn.Module], tuple[Tensor, Tensor]]
@@ -36,10 +37,7 @@ class OnlineProbe:
 
     def forget_after(self, step: int) -> None:
         """Drop the answers after `step`: a resumed run gives them again."""
-        if self._path.is_file():
-            lines = self._path.read_text().splitlines()
-            kept = [x for x in lines if x.endswith("}") and json.loads(x)["step"] <= step]
-            self._path.write_text("".join(line + "\n" for line in kept))
+        keep_until(self._path, step)
 
     def __call__(self, backbone: nn.Module, at: Progress) -> float:
         """Share of held-out images whose neighbours name them right."""
@@ -56,4 +54,4 @@ class OnlineProbe:
 
 def read_probes(path: Path) -> list[dict[str, float]]:
     """The answers in a probes.jsonl; none where there is no such file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return read_metrics(path) if path.is_file() else []

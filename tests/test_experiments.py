@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 
 from bench import accuracy
-from bench.against_lightly import time_to
 from bench.experiments import (
     draw_accuracy_against_time,
     draw_loss_against_probe,
     gain_table,
     methods_table,
     rank_correlation,
+    time_to,
     time_to_table,
 )
 

@@ -357,7 +357,6 @@ def test_no_method_can_reach_a_label(
     poison = np.array([object()], dtype=object)  # numpy refuses to unpickle it
     np.savez(tmp_path / "data.npz", x_train=images, x_test=images, y_train=poison, y_test=poison)
     monkeypatch.setattr("fastssl.data.load_labels", Poisoned())
-    monkeypatch.setattr("fastssl.pretrain.load_labels", Poisoned())
     monkeypatch.setattr("fastssl.inputs.load_labels", Poisoned())
     config = replace(
         BASE, method=method, data=str(tmp_path / "data.npz"), views=2, batch_size=8, epochs=1
