@@ -142,7 +142,7 @@ def timed_rows(cases: list[Case], device: str, end: float) -> Iterator[Row]:
         try:
             variants = case.build()
             case.check(variants)
-            timings = measure(variants, device, seconds=seconds)
+            timings = measure(variants, device, seconds=seconds, settle_s=case.settle_s)
         except (
             AssertionError,
             RuntimeError,

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from bench.measure import Call, Case
+from bench.pipelines import SETTLE_S
 from fastssl_pipelines import View, open_pipeline, policies, spec
 from fastssl_pipelines.augment import as_images, views_of
 from fastssl_pipelines.decoded import ahead
@@ -104,6 +105,7 @@ def _case(name: str, views: Sequence[View], device: str, peers: list[str]) -> Ca
         build=build,
         check=partial(_check, views, device),
         work={"images": passes, "views": passes * len(views)},
+        settle_s=SETTLE_S,
     )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fastssl_pipelines import View
+from fastssl_pipelines.decoded import ahead
 
 Call = Callable[[], Any]
 WORKERS = 2
@@ -202,6 +203,8 @@ def dali(images: np.ndarray, views: Sequence[View], batch_size: int, device: str
         num_threads=WORKERS,
         device_id=torch.cuda.current_device() if gpu else None,
         enable_conditionals=True,
+        prefetch_queue_depth=1,
+        exec_dynamic=True,
     )
     def pipeline() -> Any:
         image = fn.external_source(source=samples(), layout="HWC")
@@ -211,10 +214,15 @@ def dali(images: np.ndarray, views: Sequence[View], batch_size: int, device: str
     built = pipeline()
     built.build()
 
-    def one_pass() -> None:
-        for _ in range(len(images) // batch_size):
-            for output in built.run():
-                torch.from_dlpack(output.as_tensor())
+    def collect(_: Any) -> None:
+        for output in built.share_outputs():
+            torch.from_dlpack(output.as_tensor())
+        built.release_outputs()
+
+    def one_pass() -> None:  # all that it renders is rendered before it ends
+        batches = range(len(images) // batch_size)
+        for _ in ahead(batches, lambda _: built.schedule_run(), collect, 2):
+            pass
 
     return one_pass
 

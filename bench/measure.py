@@ -49,6 +49,7 @@ class Case:
         default_factory=dict
     )  # unit -> amount in one call ("views": 2048)
     floor_ms: float | None = None  # the roofline's, where one is known for this device
+    settle_s: float = 0.0  # pause before each call, in which threads of the one before come to rest
 
 
 def quartiles(samples: list[float]) -> tuple[float, float, float]:
@@ -60,10 +61,15 @@ def quartiles(samples: list[float]) -> tuple[float, float, float]:
 
 
 def measure(
-    variants: Mapping[str, Call], device: str, *, seconds: float = 10.0, min_runs: int = 20
+    variants: Mapping[str, Call],
+    device: str,
+    *,
+    seconds: float = 10.0,
+    min_runs: int = 20,
+    settle_s: float = 0.0,
 ) -> dict[str, Timing]:
     """Time every variant in turns for about `seconds`, but at least `min_runs` each; then weigh
-    each once.
+    each once. `settle_s` is the pause before each call.
 
     Slow variants get at least 3 runs: `min_runs` yields when one round alone takes seconds / 3.
     """
@@ -77,6 +83,7 @@ def measure(
     rounds = 0
     while True:
         for name, call in variants.items():
+            time.sleep(settle_s)
             samples[name].append(timer(call))
         rounds += 1
         spent = time.perf_counter() - start
