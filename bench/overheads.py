@@ -1,45 +1,74 @@
 """What the loop costs beside the step itself: data, and what is watched and written.
 
-The same number of steps on one batch that is there already, on the pipeline's batches, and on the
-pipeline's batches with guard, spectrum and log, as `train` has them.
+The same number of steps on one batch that is there already and on the pipeline's batches; and,
+called alone, what `train` does beside them: the guard, the spectrum, the log, the online probe. The
+latter are too small to be seen as a difference of whole runs on a shared machine.
 """
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from bench.measure import Call, Case
+from fastssl.config import Config
 from fastssl.distributed import ALONE
+from fastssl.evaluate import knn_accuracy
 from fastssl.finite import FiniteGuard
-from fastssl.inputs import build_views, seeded_backbone
+from fastssl.inputs import build_views, centre_features, seeded_backbone
 from fastssl.log import Log
 from fastssl.objectives import build_objective
 from fastssl.optim import build_optimizer
 from fastssl.recipes import RECIPES
 from fastssl.spectrum import SpectrumQueue
 from fastssl.step import Model, Step
-from fastssl_pipelines import open_pipeline
+from fastssl_pipelines import Batch, Pipeline, open_pipeline
 
 STEPS = 20  # in a call
 IMAGES = 5000
 
 
 def cases(device: str) -> Iterator[Case]:
-    """One case: Barlow Twins, two views of 16 px, the small net."""
-    yield Case(
-        f"training loop, {STEPS} steps",
-        {"recipe": "cifar-small-barlow", "images": IMAGES},
-        lambda: _variants(torch.device(device)),
-        lambda variants: None,  # one step, three ways to feed it: tests/test_train.py
-        work={"steps": STEPS},
-    )
+    """Barlow Twins, two views of 16 px, the small net."""
+    parameters = {"recipe": "cifar-small-barlow", "images": IMAGES}
+    for name, variants in (
+        (f"training loop, {STEPS} steps", _fed),
+        (f"beside {STEPS} steps", _beside),
+        ("online probe beside an epoch", _probed),
+    ):
+        yield Case(
+            name,
+            parameters,
+            partial(_built, variants, torch.device(device)),
+            lambda variants: None,  # one step, however it is fed: tests/test_train.py
+            work={"steps": STEPS},
+        )
 
 
-def _variants(device: torch.device) -> dict[str, Call]:
+@dataclass
+class Loop:
+    """All that a training run has in hand."""
+
+    config: Config
+    model: Model
+    step: Step
+    pipeline: Pipeline
+    images: Tensor  # (M, 32, 32, 3) uint8
+    fixed: Batch
+
+    def run(self, batches: Iterable[Batch]) -> None:
+        for batch in batches:
+            metrics, _ = self.step(batch.views, batch.index, 1e-4)
+        metrics["loss"].item()
+
+
+def _built(variants: Callable[[Loop], dict[str, Call]], device: torch.device) -> dict[str, Call]:
     config = RECIPES["cifar-small-barlow"]
     images = np.random.default_rng(0).integers(0, 256, (IMAGES, 32, 32, 3), dtype=np.uint8)
     pipeline = open_pipeline(
@@ -55,27 +84,54 @@ def _variants(device: torch.device) -> dict[str, Call]:
     model = Model(backbone, objective).train()
     step = Step(config, model, build_optimizer(config, [backbone, objective]), ALONE, print)
     fixed = next(pipeline.epoch(0))
+    return variants(Loop(config, model, step, pipeline, torch.from_numpy(images), fixed))
+
+
+def _fed(loop: Loop) -> dict[str, Call]:
     epochs = count()
-    spectrum, guard = SpectrumQueue(width, device), FiniteGuard(model, "stop", print)
+    return {
+        "one batch": lambda: loop.run([loop.fixed] * STEPS),
+        "+ pipeline": lambda: loop.run(islice(loop.pipeline.epoch(next(epochs)), STEPS)),
+    }
+
+
+def _beside(loop: Loop) -> dict[str, Call]:
+    """The rest of what `train` does in 20 steps, with a report of the spectrum at their end: more
+    than it does, since reports are kept under 1 % of the time."""
+    metrics, features = loop.step(loop.fixed.views, loop.fixed.index, 1e-4)
+    finite = metrics.pop("finite")
+    width: int = loop.model.backbone.num_features  # type: ignore[assignment]
+    spectrum = SpectrumQueue(width, features[0].device)
+    guard = FiniteGuard(loop.model, "stop", print)
     log = Log(Path(tempfile.mkdtemp()) / "metrics.jsonl", 10**9)
 
-    def static() -> None:
-        for _ in range(STEPS):
-            metrics, _ = step(fixed.views, fixed.index, 1e-4)
-        metrics["loss"].item()
-
-    def fed() -> None:
-        for batch in islice(pipeline.epoch(next(epochs)), STEPS):
-            metrics, _ = step(batch.views, batch.index, 1e-4)
-        metrics["loss"].item()
-
-    def watched() -> None:
-        for number, batch in enumerate(islice(pipeline.epoch(next(epochs)), STEPS)):
-            metrics, features = step(batch.views, batch.index, 1e-4)
-            spectrum.update(features)
-            guard.add(number, batch.index, metrics.pop("finite"))
+    def guarded() -> None:
+        for number in range(STEPS):
+            guard.add(number, loop.fixed.index, finite)
         guard.check()
-        values = {name: value.item() for name, value in metrics.items()}
-        log.write(0, {**values, "lr": 1e-4, "views_per_s": 0.0, **spectrum.report()})
 
-    return {"one batch": static, "+ pipeline": fed, "+ guard, spectrum, log": watched}
+    def logged() -> None:
+        values = {name: value.item() for name, value in metrics.items()}
+        log.write(0, {**values, "lr": 1e-4, "views_per_s": 0.0})
+
+    def measured() -> None:
+        for _ in range(STEPS):
+            spectrum.update(features)
+        spectrum.report(at_once=True)
+
+    steps = {f"{STEPS} steps": _fed(loop)["+ pipeline"]}
+    return {**steps, "guard": guarded, "log": logged, "spectrum": measured}
+
+
+def _probed(loop: Loop) -> dict[str, Call]:
+    """kNN of 1,000 images among the 5,000 that are trained on."""
+    epochs = count()
+    labels = torch.arange(IMAGES) % 10
+
+    def probe() -> None:
+        train = centre_features(loop.config, loop.model.backbone, loop.images)
+        test = centre_features(loop.config, loop.model.backbone, loop.images[:1000])
+        knn_accuracy(train, labels, test, labels[:1000])
+
+    epoch = {"an epoch": lambda: loop.run(loop.pipeline.epoch(next(epochs)))}
+    return {**epoch, "online probe": probe}
