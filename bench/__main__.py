@@ -111,9 +111,9 @@ def _rows(suite: str) -> Callable[[str, float, str], Iterator[Row]]:
 
         sources = [losses.cases]
     elif suite == "loop":
-        from bench import overheads
+        from bench import overheads, steps
 
-        sources = [overheads.cases]
+        sources = [steps.cases, overheads.cases]
     else:
         from bench import decode, pipelines
 

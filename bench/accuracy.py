@@ -4,20 +4,25 @@ protocol.
     digits     the two recipes of the README, on scikit-learn's digits
     methods    every method on 5,000 images of CIFAR-10, one small net, the same for all
     views      arXiv:2312.10725: projectors of 8192 and 256, 2 to 8 views; minutes to an accuracy
-    data       the same: 2, 4 and 8 views on all, half and a quarter of the images
+    data       the same: 2, 4 and 8 views on all, half and a quarter of the images, equal steps
+    emp_ssl    arXiv:2304.03977: 1 and 10 epochs of 20 patches
     diet       DIET's claim that its training loss predicts the probe
+    engines    one run on JPEGs, fed by each engine
     gpu        short CIFAR-10 runs of a ResNet-18
 
 `python -m bench --only accuracy --match EXPERIMENT` runs one. CIFAR-10 is an .npz or a folder that
-FASTSSL_CIFAR10 names; without it only the digits run. What counts as time: see bench/README.md.
+FASTSSL_CIFAR10 names, the JPEGs a folder or .tar that FASTSSL_IMAGENETTE names; what is not there
+is left out. On a GPU, views, data and emp_ssl take a ResNet-18 and all of CIFAR-10. What counts as
+time: see bench/README.md.
 """
 
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -31,67 +36,91 @@ from fastssl.recipes import RECIPES
 
 SEEDS = (0, 1, 2)
 Named = tuple[str, Config]
+Experiment = Callable[[str], Iterator[Named]]
 
 
-def digits() -> Iterator[Named]:
+def digits(device: str) -> Iterator[Named]:
     for name in ("digits-diet", "digits-barlow"):
         yield name, RECIPES[name]
 
 
-def methods() -> Iterator[Named]:
+def methods(device: str) -> Iterator[Named]:
     for name, config in RECIPES.items():
         if name.startswith("cifar-small"):
             yield name, config
 
 
-def views() -> Iterator[Named]:
-    """The weights are the tuned ones of the paper."""
-    base = replace(RECIPES["cifar-small-barlow"], probe_epochs=2, label_draws=2)
-    for count, width in ((2, 8192), (2, 256), (4, 256), (8, 256)):
-        config = replace(base, views=count, projector_width=width)
-        yield f"barlow, {count} views, width {width}", config
+def _many_views(device: str) -> Config:
+    """Two views and a small projector, the tuned weights of arXiv:2312.10725; as many probes on any
+    device."""
+    if device == "cuda":
+        short = {"epochs": 20, "warmup_epochs": 2, "probe_epochs": 1}
+        return replace(RECIPES["cifar10-barlow-2-views"], **short)
+    return replace(RECIPES["cifar-small-barlow"], probe_epochs=2)
 
 
-def data() -> Iterator[Named]:
-    base = replace(RECIPES["cifar-small-barlow"], label_draws=2)
-    for count, images in ((2, 5000), (2, 2500), (4, 2500), (8, 1250)):
-        config = replace(base, views=count, train_images=images)
-        yield f"barlow, {count} views, {images} images", config
+def views(device: str) -> Iterator[Named]:
+    base = replace(_many_views(device), label_draws=2)
+    for method in ("barlow", "vicreg"):
+        for count, width in ((2, 8192), (2, 256), (4, 256), (8, 256)):
+            config = replace(base, method=method, views=count, projector_width=width)
+            yield f"{method}, {count} views, width {width}", config
 
 
-def diet() -> Iterator[Named]:
+def data(device: str) -> Iterator[Named]:
+    base = replace(_many_views(device), label_draws=2)
+    images = base.train_images or 50_000
+    for share in (1, 2, 4):
+        longer = {"epochs": share * base.epochs, "probe_epochs": share * base.probe_epochs}
+        for count in (2, 4, 8):
+            config = replace(base, views=count, train_images=images // share, **longer)
+            yield f"barlow, {count} views, {images // share} images", config
+
+
+def emp_ssl(device: str) -> Iterator[Named]:
+    name = "cifar10-emp_ssl" if device == "cuda" else "cifar-small-emp_ssl"
+    for epochs in (1, 10):
+        yield f"{name}, {epochs} epochs", replace(RECIPES[name], epochs=epochs, label_draws=2)
+
+
+def diet(device: str) -> Iterator[Named]:
     yield (
         "digits-diet, probed",
         replace(RECIPES["digits-diet"], probe_epochs=2, log_every=11, label_draws=2),
     )
 
 
-def gpu() -> Iterator[Named]:
+def engines(device: str) -> Iterator[Named]:
+    """load_size: what every image of the subset has, so that all engines crop the same pixels."""
+    base = replace(RECIPES["barlow-cpu"], load_size=224, label_draws=2)
+    for engine in ("resident", "dali", "ffcv"):
+        yield f"barlow-cpu, {engine}", replace(base, engine=engine)
+
+
+def gpu(device: str) -> Iterator[Named]:
     fast: dict[str, Any] = {"precision": "bfloat16", "epochs": 20, "warmup_epochs": 2}
     for name in ("cifar10-barlow", "cifar10-vicreg", "cifar10-diet"):
         yield f"{name}, 20 epochs", replace(RECIPES[name], **fast, probe_epochs=1)
-    for count in (2, 4, 8):
-        name = f"cifar10-barlow-{count}-views"
-        yield f"{name}, 20 epochs", replace(RECIPES[name], **fast, probe_epochs=1)
-    for epochs in (1, 10):
-        config = replace(RECIPES["cifar10-emp_ssl"], epochs=epochs, precision="bfloat16")
-        yield f"cifar10-emp_ssl, {epochs} epochs", config
 
 
 def runs(device: str) -> Iterator[tuple[str, str, Config]]:
     """(experiment, name, Config), the quickest and most telling first, all seeds of one case
-    together."""
-    cifar = os.environ.get("FASTSSL_CIFAR10")
-    small = (digits, diet, methods, data, views)
-    for experiment in (gpu, *small) if device == "cuda" else small:
-        on_digits = experiment in (digits, diet)
-        if not (find_spec("sklearn") if on_digits else cifar):
-            continue
-        for name, config in experiment():
-            where = config.data if on_digits else str(cifar)
-            for seed in SEEDS:
-                chosen = replace(config, seed=seed, device=device, data=where)
-                yield experiment.__name__, name, chosen
+    together; on a GPU, where a budget is short, one seed after another."""
+    cifar, jpegs = os.environ.get("FASTSSL_CIFAR10"), os.environ.get("FASTSSL_IMAGENETTE")
+    handwritten = "digits" if find_spec("sklearn") else None
+    cuda = device == "cuda"
+    experiments: dict[Experiment, str | None] = {gpu: cifar} if cuda else {}
+    experiments |= {digits: handwritten, diet: handwritten, emp_ssl: cifar, views: cifar}
+    experiments |= {data: cifar, methods: cifar, engines: jpegs}
+    cases = [
+        (experiment.__name__, name, replace(config, device=device, data=where))
+        for experiment, where in experiments.items()
+        if where
+        for name, config in experiment(device)
+    ]
+    order = product(SEEDS, cases) if cuda else ((seed, case) for case in cases for seed in SEEDS)
+    for seed, (experiment, name, config) in order:
+        yield experiment, name, replace(config, seed=seed)
 
 
 def rows(device: str, end: float, match: str) -> Iterator[dict[str, Any]]:
@@ -108,6 +137,7 @@ def rows(device: str, end: float, match: str) -> Iterator[dict[str, Any]]:
                 "epochs": config.epochs,
                 "views": config.views,
                 "width": config.projector_width,
+                "images": config.train_images,
                 "threads": torch.get_num_threads(),
             },
         }

@@ -1,13 +1,13 @@
 """Tables and figures of the accuracy experiments: python -m bench.experiments FOLDER.
 
 Reads accuracy-*.jsonl and lightly.jsonl of a results folder, prints the tables of the README, and
-draws accuracy-against-time.png and diet-loss.png beside them.
+draws accuracy-against-time.png, error-against-time.png and diet-loss.png beside them.
 """
 
 import argparse
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +75,11 @@ def gain_table(rows: list[Row]) -> str:
     return markdown(head, lines)
 
 
-def time_to_table(rows: list[Row], reference: str) -> str:
-    """Seconds to the accuracy of the case `reference` at its end, mean over its seeds."""
+def time_to_table(rows: list[Row]) -> str:
+    """Seconds to the accuracy that the first case has at its end, mean over its seeds."""
     cases = by_case(rows)
-    target = statistics.mean(run["probes"][-1]["knn"] for run in cases[reference])
-    head = ["", "n", "training s", "final kNN", f"s to kNN {target:.3f}"]
+    target = statistics.mean(run["probes"][-1]["knn"] for run in next(iter(cases.values())))
+    head = ["", "n", "training s", "final kNN", "final linear", f"s to kNN {target:.3f}"]
     lines = []
     for case, runs in cases.items():
         found = [time_to(run["probes"], target) for run in runs]
@@ -88,8 +88,9 @@ def time_to_table(rows: list[Row], reference: str) -> str:
         if 0 < len(reached) < len(runs):
             when += f" ({len(reached)} of {len(runs)} runs)"
         seconds = mean_std([run["train_s"] for run in runs], 0)
-        final = mean_std([run["probes"][-1]["knn"] for run in runs])
-        lines.append([case, str(len(runs)), seconds, final, when])
+        final = [run["probes"][-1]["knn"] for run in runs]
+        linear = [run["pretrained_linear_all"] for run in runs]
+        lines.append([case, str(len(runs)), seconds, mean_std(final), mean_std(linear), when])
     return markdown(head, lines)
 
 
@@ -98,29 +99,82 @@ def time_to(probes: list[Row], target: float) -> float | None:
     return next((p["train_s"] for p in probes if p["knn"] >= target), None)
 
 
-def draw_accuracy_against_time(rows: list[Row], path: Path) -> None:
-    """A line per run: kNN accuracy of the online probe against seconds of training."""
+def by_method(rows: list[Row]) -> dict[str, list[Row]]:
+    """Rows by the first word of their case."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row["case"].split(",")[0], []).append(row)
+    return found
 
-    def draw(axes: Any) -> None:
-        for number, (case, runs) in enumerate(by_case(rows).items()):
-            for run in runs:
-                x, y = zip(*((p["train_s"], p["knn"]) for p in run["probes"]), strict=True)
-                label = case if run is runs[0] else None
-                axes.plot(x, y, color=f"C{number}", marker=".", label=label, alpha=0.8)
-        axes.set(xlabel="seconds of training", ylabel="kNN accuracy", xscale="log")
-        low, high = axes.get_xlim()
-        ticks = [d * 10**e for e in range(6) for d in (1, 2, 5) if low <= d * 10**e <= high]
-        axes.set_xticks(ticks, [str(tick) for tick in ticks])
-        axes.minorticks_off()
-        axes.legend()
+
+def draw_accuracy_against_time(rows: list[Row], path: Path) -> None:
+    """A line per run: kNN accuracy of the online probe against seconds of training; a panel per
+    method."""
+    methods = by_method(rows)
+
+    def draw(panels: Sequence[Any]) -> None:
+        for axes, (method, theirs) in zip(panels, methods.items(), strict=True):
+            for number, (case, runs) in enumerate(by_case(theirs).items()):
+                for run in runs:
+                    x, y = zip(*((p["train_s"], p["knn"]) for p in run["probes"]), strict=True)
+                    label = case.removeprefix(f"{method}, ") if run is runs[0] else None
+                    axes.plot(x, y, color=f"C{number}", marker=".", label=label, alpha=0.8)
+            axes.set_title(method)
+            axes.set(xlabel="seconds of training", ylabel="kNN accuracy")
+            _log_seconds(axes)
+            axes.legend()
+
+    _figure(draw, path, panels=len(methods))
+
+
+def front(points: dict[str, tuple[float, float]]) -> list[str]:
+    """The names of those that no other beats both in seconds and in error, quickest first."""
+    best, names = float("inf"), []
+    for name, (_, error) in sorted(points.items(), key=lambda item: item[1]):
+        if error < best:
+            best = error
+            names.append(name)
+    return names
+
+
+def draw_error_against_time(rows: list[Row], path: Path) -> None:
+    """A point per case: the linear probe's error with all labels against seconds of training, mean
+    over seeds, and the Pareto front of them."""
+    points = {
+        case: (
+            statistics.mean(run["train_s"] for run in runs),
+            1 - statistics.mean(run["pretrained_linear_all"] for run in runs),
+        )
+        for case, runs in by_case(rows).items()
+    }
+    names = front(points)
+
+    def draw(panels: Sequence[Any]) -> None:
+        (axes,) = panels
+        axes.scatter(*zip(*points.values(), strict=True), s=18, color="C0", alpha=0.6)
+        axes.plot(*zip(*(points[name] for name in names), strict=True), "o-", color="C1")
+        for name in names:
+            above = {"xytext": (5, 5), "textcoords": "offset points", "fontsize": 8}
+            axes.annotate(name.removeprefix("cifar-small-"), points[name], **above)
+        axes.set(xlabel="seconds of training", ylabel="error of the linear probe")
+        _log_seconds(axes)
 
     _figure(draw, path)
+
+
+def _log_seconds(axes: Any) -> None:
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    ticks = [d * 10**e for e in range(6) for d in (1, 2, 5) if low <= d * 10**e <= high]
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
 
 
 def draw_loss_against_probe(rows: list[Row], path: Path) -> None:
     """A point per probe: the training loss at that step against its kNN accuracy."""
 
-    def draw(axes: Any) -> None:
+    def draw(panels: Sequence[Any]) -> None:
+        (axes,) = panels
         for number, row in enumerate(rows):
             points = [(p["loss"], p["knn"]) for p in row["probes"] if p["loss"] is not None]
             axes.scatter(*zip(*points, strict=True), color=f"C{number}", s=18)
@@ -147,15 +201,18 @@ def _ranks(values: list[float]) -> list[float]:
     return ranks
 
 
-def _figure(draw: Callable[[Any], None], path: Path) -> None:
+def _figure(draw: Callable[[Sequence[Any]], None], path: Path, panels: int = 1) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.2))
-    draw(axes)
-    axes.grid(alpha=0.3)
+    figure, axes = pyplot.subplots(
+        1, panels, figsize=(3.5 + 3.5 * panels, 4.2), sharey=True, squeeze=False
+    )
+    draw(axes[0])
+    for axis in axes[0]:
+        axis.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
@@ -165,11 +222,12 @@ def tables(folder: Path) -> dict[str, str]:
     """The README's tables of a results folder, by the name of the file they come from."""
     found = {path.stem: read_results(path)[1] for path in folder.glob("*.jsonl")}
     made = {}
-    for name in ("accuracy-methods", "accuracy-data"):
+    for name in ("accuracy-methods", "accuracy-emp_ssl", "accuracy-engines"):
         if rows := found.get(name):
             made[name] = methods_table(rows)
-    if rows := found.get("accuracy-views"):
-        made["accuracy-views"] = time_to_table(rows, next(iter(by_case(rows))))
+    for name in ("accuracy-views", "accuracy-data"):
+        for method, rows in by_method(found.get(name, [])).items():
+            made[f"{name}, {method}"] = time_to_table(rows)
     if rows := found.get("lightly"):
         made["lightly"] = gain_table(rows)
     return made
@@ -181,11 +239,13 @@ def main() -> int:
     folder = parser.parse_args().folder
     for name, table in tables(folder).items():
         print(f"## {name}\n\n{table}\n")
-    views, diet = folder / "accuracy-views.jsonl", folder / "accuracy-diet.jsonl"
-    if views.is_file():
-        draw_accuracy_against_time(read_results(views)[1], folder / "accuracy-against-time.png")
-    if diet.is_file():
-        rows = read_results(diet)[1]
+    found = {path.stem: read_results(path)[1] for path in folder.glob("accuracy-*.jsonl")}
+    if rows := found.get("accuracy-views"):
+        draw_accuracy_against_time(rows, folder / "accuracy-against-time.png")
+    one_net = ("accuracy-methods", "accuracy-views", "accuracy-data", "accuracy-emp_ssl")
+    if rows := [row for name in one_net for row in found.get(name, [])]:
+        draw_error_against_time(rows, folder / "error-against-time.png")
+    if rows := found.get("accuracy-diet"):
         print(f"rank correlation of DIET's loss and kNN: {rank_correlation(rows):.2f}")
         draw_loss_against_probe(rows, folder / "diet-loss.png")
     return 0

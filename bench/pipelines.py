@@ -121,7 +121,7 @@ def _gpu_case(
         index = torch.arange(count, device=device)
         epoch = torch.zeros((), dtype=torch.int64, device=device)
         variants: dict[str, Call] = {
-            "torchvision v2, one draw per batch": _shared_torchvision(raw, views, device),
+            "torchvision v2, one draw per batch": shared_torchvision(raw, views, device),
             "fastssl": lambda: views_of(images, views, 0, epoch, index),
             "fastssl, affine": lambda: views_of(images, views, 0, epoch, index, "affine"),
         }
@@ -139,7 +139,7 @@ def _gpu_case(
     )
 
 
-def _shared_torchvision(raw: np.ndarray, views: Sequence[View], device: str) -> Call:
+def shared_torchvision(raw: np.ndarray, views: Sequence[View], device: str) -> Call:
     """Batched torchvision on the device: all samples of a batch get the same parameters."""
     from torchvision.transforms import v2
 

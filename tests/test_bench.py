@@ -4,11 +4,13 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from bench import steps
 from bench.__main__ import timed_rows
 from bench.measure import Case, environment, measure, quartiles
 from bench.report import (
@@ -78,6 +80,15 @@ def test_rows_check_before_they_time() -> None:
     assert rows[1]["times_reference"] == 1.0
     assert rows[2]["items_per_s"] == pytest.approx(1000 / rows[2]["ms"] * 1e3)
     assert list(timed_rows([case("late")], "cpu", time.monotonic() - 1)) == []
+
+
+def test_steps_train_by_torchvision_and_by_us() -> None:
+    config, height, width = next(iter(steps.CPU_SETTINGS.values()))
+    variants = steps._variants(replace(config, batch_size=8, device="cpu"), height, width)
+    steps._check(variants)
+    assert len(variants) == 2
+    with pytest.raises(AssertionError, match="nan"):
+        steps._check({**variants, "broken": lambda: float("nan")})
 
 
 def test_environment_names_what_a_number_needs() -> None:

@@ -6,8 +6,11 @@ import pytest
 
 from bench import accuracy
 from bench.experiments import (
+    by_method,
     draw_accuracy_against_time,
+    draw_error_against_time,
     draw_loss_against_probe,
+    front,
     gain_table,
     methods_table,
     rank_correlation,
@@ -49,10 +52,10 @@ def test_methods_table() -> None:
 
 
 def test_times_to_the_accuracy_of_the_reference() -> None:
-    lines = time_to_table(ROWS, "a").splitlines()  # whose target is .45
+    lines = time_to_table(ROWS).splitlines()  # the target is .45, that of the first case
     assert "s to kNN 0.450" in lines[0]
-    assert lines[2].endswith("| 0.450 ± 0.071 | 10 (1 of 2 runs) |")
-    assert lines[3].endswith("| 0.500 ± 0.141 | 5 (1 of 2 runs) |")
+    assert lines[2].endswith("| 0.450 ± 0.071 | 0.455 ± 0.078 | 10 (1 of 2 runs) |")
+    assert lines[3].endswith("| 0.500 ± 0.141 | 0.505 ± 0.134 | 5 (1 of 2 runs) |")
     assert time_to(probes(0.1, 0.2, 0.3), 0.2) == 10.0
     assert time_to(probes(0.1, 0.2), 0.3) is None
 
@@ -70,15 +73,38 @@ def test_figures_and_the_correlation(tmp_path: Path) -> None:
     assert rank_correlation([run("x", 0, 0.1, 0.2, 0.3)]) == pytest.approx(-1)
     draw_accuracy_against_time(ROWS, tmp_path / "a.png")
     draw_loss_against_probe(ROWS, tmp_path / "b.png")
-    assert all((tmp_path / name).stat().st_size > 5000 for name in ("a.png", "b.png"))
+    draw_error_against_time(ROWS, tmp_path / "c.png")
+    assert all((tmp_path / name).stat().st_size > 5000 for name in ("a.png", "b.png", "c.png"))
+
+
+def test_the_front_is_of_those_that_nothing_beats() -> None:
+    points = {"slow": (9.0, 0.1), "dear": (5.0, 0.4), "quick": (1.0, 0.5), "good": (4.0, 0.3)}
+    assert front(points) == ["quick", "good", "slow"]
+    assert front({"same": (1.0, 0.5), "later": (2.0, 0.5)}) == ["same"]
+
+
+def test_methods_are_told_apart_by_their_first_word() -> None:
+    rows = [run("barlow, 2 views", 0, 0.1), run("vicreg, 2 views", 0, 0.1), run("barlow", 1, 0.1)]
+    assert {name: len(theirs) for name, theirs in by_method(rows).items()} == {
+        "barlow": 2,
+        "vicreg": 1,
+    }
 
 
 def test_experiments_are_configs_that_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTSSL_CIFAR10", "cifar.npz")
+    monkeypatch.setenv("FASTSSL_IMAGENETTE", "jpegs")
+    names = {"digits", "diet", "methods", "data", "views", "emp_ssl", "engines"}
     for device in ("cpu", "cuda"):
         found = list(accuracy.runs(device))
         assert len(found) == len({(e, name, c.seed) for e, name, c in found})
         assert {c.device for _, _, c in found} == {device}
-        assert {e for e, _, _ in found} >= {"digits", "diet", "methods", "data", "views"}
+        assert {e for e, _, _ in found} == names | ({"gpu"} if device == "cuda" else set())
+        assert all(c.data == "jpegs" for e, _, c in found if e == "engines")
+    on_gpu = [c.seed for _, _, c in accuracy.runs("cuda")]
+    assert on_gpu == sorted(on_gpu)
+    steps = {c.train_images * c.epochs for e, _, c in accuracy.runs("cpu") if e == "data"}
+    assert len(steps) == 1
     monkeypatch.delenv("FASTSSL_CIFAR10")
+    monkeypatch.delenv("FASTSSL_IMAGENETTE")
     assert {e for e, _, _ in accuracy.runs("cpu")} == {"digits", "diet"}

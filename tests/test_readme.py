@@ -80,7 +80,7 @@ def test_the_tables_of_the_experiments_are_the_measured_ones() -> None:
     folder = ROOT / "bench" / "results" / "cpu-2-cores"
     for table in tables(folder).values():
         assert table in README
-    for figure in ("accuracy-against-time.png", "diet-loss.png"):
+    for figure in ("accuracy-against-time.png", "error-against-time.png", "diet-loss.png"):
         assert f"bench/results/cpu-2-cores/{figure}" in README and (folder / figure).is_file()
 
 

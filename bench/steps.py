@@ -1,0 +1,130 @@
+"""Whole training steps, views included: ours beside torchvision's transforms and eager PyTorch.
+
+Torchvision renders a batch on the device with one draw for all of its images, the quickest way it
+has; the net, its precision, the optimizer and the projector are the same for all, the loss is the
+official formula or ours. A call is a few steps on random bytes.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bench.covariance import official_barlow
+from bench.measure import Call, Case
+from bench.pipelines import shared_torchvision
+from fastssl.config import Config
+from fastssl.distributed import ALONE
+from fastssl.inputs import build_views, seeded_backbone
+from fastssl.objectives import Objective, build_objective
+from fastssl.objectives.objective import ProjectedObjective
+from fastssl.optim import build_optimizer
+from fastssl.recipes import RECIPES
+from fastssl.step import Model, Step
+from fastssl_pipelines import open_pipeline
+
+STEPS = 8  # in a call
+LR = 1e-4
+
+# name: (config, height, width)
+Setting = tuple[Config, int, int]
+_CIFAR = replace(RECIPES["cifar10-barlow"], batch_size=512, precision="bfloat16")
+_VIT = replace(
+    RECIPES["barlow"], backbone="vit_small_patch16_224", batch_size=256, precision="bfloat16"
+)
+CPU_SETTINGS: dict[str, Setting] = {
+    "step: Barlow, fastnet, 2x16": (RECIPES["cifar-small-barlow"], 32, 32)
+}
+GPU_SETTINGS: dict[str, Setting] = {
+    "step: Barlow, ResNet-18 with a CIFAR stem, 2x32": (_CIFAR, 32, 32),
+    "step: Barlow, ViT-S/16, 2x224": (_VIT, 256, 341),
+}
+
+
+class OfficialBarlow(ProjectedObjective):
+    """Our projector, the official loss."""
+
+    def loss(self, embeddings: Sequence[Tensor]) -> Tensor:
+        return official_barlow(embeddings)
+
+
+def cases(device: str) -> Iterator[Case]:
+    """Every case this device can run; compiled steps on a GPU alone, where a minute buys enough."""
+    cuda = torch.device(device).type == "cuda"
+    for name, (config, height, width) in (GPU_SETTINGS if cuda else CPU_SETTINGS).items():
+        yield Case(
+            name,
+            {"backbone": config.backbone, "batch": config.batch_size, "steps": STEPS},
+            partial(_variants, replace(config, device=device), height, width),
+            _check,
+            work={"samples": STEPS * config.batch_size},
+        )
+
+
+def _variants(config: Config, height: int, width: int) -> dict[str, Call]:
+    device = torch.device(config.device)
+    rng = np.random.default_rng(0)
+    shape = (STEPS * config.batch_size, height, width, 3)
+    images = rng.integers(0, 256, shape, dtype=np.uint8)
+    variants = {
+        "torchvision, official loss, eager": _by_torchvision(config, images[: config.batch_size]),
+        "fastssl, eager": _by_us(config, images),
+    }
+    if device.type == "cuda":
+        compiled = replace(config, compile=True)
+        variants["fastssl, compiled"] = _by_us(compiled, images)
+        variants["fastssl, CUDA graphs"] = _by_us(replace(compiled, cuda_graphs=True), images)
+    return variants
+
+
+def _step(config: Config, official: bool) -> Step:
+    device = torch.device(config.device)
+    backbone = seeded_backbone(config, device)
+    width: int = backbone.num_features  # type: ignore[assignment]
+    objective: Objective = (
+        OfficialBarlow(width, config.projector_width, config.projector_layers)
+        if official
+        else build_objective(config, features=width, num_samples=STEPS * config.batch_size)
+    )
+    model = Model(backbone, objective.to(device)).train()
+    return Step(config, model, build_optimizer(config, [backbone, objective]), ALONE, print)
+
+
+def _by_torchvision(config: Config, images: np.ndarray) -> Call:
+    step = _step(config, official=True)
+    render = shared_torchvision(images, build_views(config), config.device)
+    index = torch.arange(len(images), device=config.device)
+
+    def call() -> float:
+        for _ in range(STEPS):
+            metrics, _ = step(render(), index, LR)
+        return metrics["loss"].item()
+
+    return call
+
+
+def _by_us(config: Config, images: np.ndarray) -> Call:
+    step = _step(config, official=False)
+    pipeline = open_pipeline(
+        *("resident", images),
+        views=build_views(config),
+        batch_size=config.batch_size,
+        seed=0,
+        device=config.device,
+    )
+
+    def call() -> float:
+        for batch in pipeline.epoch(0):
+            metrics, _ = step(batch.views, batch.index, LR)
+        return metrics["loss"].item()
+
+    return call
+
+
+def _check(variants: dict[str, Call]) -> None:
+    """Every way of training has a finite loss; that the losses agree is the losses' suite's."""
+    losses = {name: call() for name, call in variants.items()}
+    assert all(np.isfinite(loss) for loss in losses.values()), losses
