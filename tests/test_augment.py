@@ -317,10 +317,13 @@ def test_contrast_uses_this_views_own_mean(small):
         assert flat.mean((1, 2, 3)).std() > 10 * LEVEL
 
 
+MODULE = "fastssl_pipelines.augment._cuda_kernels"
+
+
 def test_one_source_for_all_compilers():
     """Formulas are compiled from draws.py and pixels.py: a faulty one shows in every back end."""
     shared = reference.pixels.turn_hue.__code__
-    assert cuda._f.turn_hue.fn.__code__ is shared
+    assert import_module(MODULE)._f.turn_hue.fn.__code__ is shared
     if "cpu" in BACK_ENDS:
         assert (
             import_module("fastssl_pipelines.augment.compiled")._p.turn_hue.py_func.__code__
@@ -341,7 +344,6 @@ def test_three_compilers_draw_the_same_bits(back_end):
     assert torch.equal(got.cpu(), reference.draw(*key, index, place, 4))
 
 
-MODULE = "fastssl_pipelines.augment.cuda"
 POINTERS = {
     "flat_ptr": "*u8",
     "place_ptr": "*i64",
