@@ -1,0 +1,202 @@
+"""A run that is stopped, anywhere and by anything, ends with the weights of a run let be."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import fastssl
+from fastssl.cli import run
+from fastssl.signals import Interrupted, stop_signals
+
+TRIALS = int(os.environ.get("FASTSSL_TRIALS", "3"))  # of SIGKILLs; 20 take 6 minutes
+SMALL = ("--epochs", "12", "--backbone", "fastnet-8", "--label-draws", "1")
+
+
+def test_signals_are_obeyed_at_once_or_held_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with stop_signals() as stop:
+        with stop.held():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+            assert stop.received == signal.SIGTERM
+            with pytest.raises(Interrupted, match="stopped by SIGTERM") as interrupted:
+                stop.obey(stop.received or 0)
+            assert interrupted.value.exit_code == 143
+        with pytest.raises(Interrupted):
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(1)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def command(run: Path, *arguments: str) -> list[str]:
+    arguments = arguments or ("digits-diet", *SMALL)
+    code = "from fastssl.cli import main; main()"
+    flags = ("--run", str(run), "--checkpoint-s", "0.05")
+    return [sys.executable, "-c", code, "train", *arguments, *flags]
+
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"}
+
+
+def start(run: Path, *arguments: str) -> subprocess.Popen[str]:
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        command(run, *arguments), stdout=pipe, stderr=pipe, text=True, env=ENVIRONMENT
+    )
+
+
+def wait_for_progress(process: subprocess.Popen[str], run: Path, reports: int) -> None:
+    """Until the run has written so many reports, or has ended."""
+    metrics = run / "metrics.jsonl"
+    while process.poll() is None and not (
+        metrics.exists() and metrics.read_text().count("\n") >= reports
+    ):
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    out, err = start(run).communicate()
+    assert (run / "backbone.safetensors").exists(), out + err
+    return load_file(run / "backbone.safetensors")
+
+
+def assert_equal_weights(run: Path, expected: dict[str, torch.Tensor]) -> None:
+    weights = load_file(run / "backbone.safetensors")
+    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
+
+
+def assert_killed_twice_ends_alike(
+    run: Path, seed: int, expected: dict[str, torch.Tensor], *arguments: str
+) -> None:
+    """SIGKILL at two random moments of training, each after at least one more report."""
+    rng = random.Random(seed)
+    for reports in (1, 3):
+        process = start(run, *arguments)
+        wait_for_progress(process, run, reports)
+        time.sleep(rng.uniform(0, 0.5))
+        process.kill()
+        process.communicate()
+    out, err = start(run, *arguments).communicate()
+    assert "resumed at step" in out, out + err
+    assert_equal_weights(run, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trial", range(TRIALS))
+def test_killed_twice_it_ends_with_the_same_weights(
+    trial: int, tmp_path: Path, undisturbed: dict[str, torch.Tensor]
+) -> None:
+    assert_killed_twice_ends_alike(tmp_path / "run", trial, undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["dali", "ffcv"])
+def test_killed_twice_engines_that_decode_go_on(engine: str, data: Path, tmp_path: Path) -> None:
+    with tarfile.open(data / "imagenette-224-1000.tar") as tar:
+        members = [m for m in tar if m.isfile()]
+        tar.extractall(tmp_path / "jpegs", members[::4], filter="data")
+    arguments = ["barlow-cpu", "--data", str(tmp_path / "jpegs"), "--engine", engine, *SMALL]
+    arguments += ["--batch-size", "32", "--image-size", "32", "--load-size", "32"]
+    arguments += ["--projector-width", "16", "--log-every", "3"]
+    out, err = start(tmp_path / "whole", *arguments).communicate()
+    weights = tmp_path / "whole" / "backbone.safetensors"
+    assert weights.exists(), out + err
+    assert_killed_twice_ends_alike(tmp_path / "run", 0, load_file(weights), *arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)]
+)
+def test_a_signal_saves_and_the_same_command_resumes(
+    number: signal.Signals, code: int, tmp_path: Path, undisturbed: dict[str, torch.Tensor]
+) -> None:
+    run = tmp_path / "run"
+    process = start(run)
+    wait_for_progress(process, run, 2)
+    process.send_signal(number)
+    _, err = process.communicate()
+    assert process.returncode == code
+    assert err == f"fastssl: stopped by {number.name}; the same command resumes the run\n"
+    out, _ = start(run).communicate()
+    assert "resumed at step" in out
+    assert_equal_weights(run, undisturbed)
+
+
+def signalled(
+    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int, number: int
+) -> None:
+    """The signal comes at the end of the given call of owner.name; later ones are as before."""
+    original, calls = getattr(owner, name), 0
+
+    def wrapper(*arguments: Any, **named: Any) -> Any:
+        nonlocal calls
+        result = original(*arguments, **named)
+        calls += 1
+        if calls == call:
+            signal.raise_signal(number)
+        return result
+
+    monkeypatch.setattr(owner, name, wrapper)
+
+
+PHASES: dict[str, tuple[Callable[[], Any], str, int, int, str | None]] = {
+    # phase: where, what, which call of it, the signal, what the same command says then
+    "loading": (lambda: fastssl.inputs, "load_split", 1, signal.SIGTERM, None),
+    "compiling": (lambda: fastssl.step.Model, "forward", 1, signal.SIGINT, "resumed at step 1 of"),
+    "updating": (lambda: fastssl.step.Step, "_update", 5, signal.SIGUSR1, "resumed at step 5 of"),
+    "saving": (lambda: fastssl.checkpoint, "_sync_folder", 2, signal.SIGTERM, "resumed at step"),
+    "probing": (lambda: fastssl.probe, "knn_accuracy", 1, signal.SIGTERM, "resumed at step 11 of"),
+    "evaluating": (
+        lambda: fastssl.pretrain,
+        "evaluate_features",
+        2,
+        signal.SIGTERM,
+        "resumed at step 22 of 22",
+    ),
+}
+
+
+SHORT = ["train", "digits-diet", *SMALL[2:], "--epochs", "2", "--warmup-epochs", "1"]
+
+
+@pytest.fixture(scope="module")
+def let_be(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    folder = tmp_path_factory.mktemp("let_be") / "run"
+    assert run([*SHORT, "--run", str(folder)]) == 0
+    return load_file(folder / "backbone.safetensors")
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_signal_in_any_phase(
+    phase: str,
+    tmp_path: Path,
+    let_be: dict[str, torch.Tensor],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    owner, name, call, number, then = PHASES[phase]
+    seconds = "0" if phase == "saving" else "1000"
+    flags = ["--probe-epochs", "1", "--checkpoint-s", seconds]
+    stopped = [*SHORT, *flags, "--run", str(tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        signalled(patch, owner(), name, call, number)
+        assert run(stopped) == 128 + number
+    capsys.readouterr()
+    assert run(stopped) == 0
+    out = capsys.readouterr().out
+    assert then in out if then else "resumed" not in out
+    assert_equal_weights(tmp_path / "run", let_be)
