@@ -15,6 +15,9 @@ from torch import Tensor
 
 from fastssl_kernels._class_softmax_kernels import log_sum
 
+# torch 2.14 deprecates the old name; 2.11 has no other
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 class Shard(NamedTuple):
     """The classes [first, first + rows) of `classes`, held by one of `world` ranks."""
@@ -31,7 +34,7 @@ class Shard(NamedTuple):
             return Shard(None, 1, 0, len(weight))
         world, rank = dist.get_world_size(group), dist.get_rank(group)
         counts = torch.empty(world, dtype=torch.int64, device=weight.device)
-        dist.all_gather_into_tensor(counts, torch.full_like(counts[:1], len(weight)), group=group)
+        _all_gather(counts, torch.full_like(counts[:1], len(weight)), group=group)
         return Shard(group, world, counts[:rank].sum(), counts.sum())
 
     @staticmethod
@@ -53,7 +56,7 @@ def gather(x: Tensor, shard: Shard) -> Tensor:
     if shard.world == 1:
         return x
     out = x.new_empty(shard.world * len(x), *x.shape[1:])
-    dist.all_gather_into_tensor(out, x.contiguous(), group=shard.group)
+    _all_gather(out, x.contiguous(), group=shard.group)
     return out
 
 
