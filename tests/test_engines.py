@@ -14,15 +14,18 @@ import pytest
 import torch
 
 from fastssl_pipelines import Pipeline, View, choose_engine, open_pipeline, policies
-from fastssl_pipelines.augment import as_images, views_of
+from fastssl_pipelines.augment import as_images, draw, views_of
 from fastssl_pipelines.convert import convert
 from fastssl_pipelines.encoded import decode, open_encoded
+from tests.decoded import planned
 from tests.libraries import needs
 
 ENGINES = (
-    "resident",
-    pytest.param("dali", marks=needs("nvidia.dali")),
-    pytest.param("ffcv", marks=needs("ffcv")),
+    pytest.param(("resident", {}), id="resident"),
+    pytest.param(("dali", {}), id="dali", marks=needs("nvidia.dali")),
+    pytest.param(("dali", {"scaled": False}), id="dali-full", marks=needs("nvidia.dali")),
+    pytest.param(("ffcv", {}), id="ffcv", marks=needs("ffcv")),
+    pytest.param(("ffcv", {"scaled": False}), id="ffcv-full", marks=needs("ffcv")),
 )
 COUNT, BATCH = 30, 7
 VIEWS = (*policies.simclr(2, 24), View(size=17, interpolation="bicubic", erase=0.5))
@@ -50,10 +53,11 @@ def opened(request: pytest.FixtureRequest, sources: dict[str, Any], device: str)
     """Opens the engine, with other arguments where they are given."""
 
     def call(**changes: Any) -> Pipeline:
-        given = {"views": VIEWS, "batch_size": BATCH, "seed": 3, "device": device, **changes}
-        return open_pipeline(request.param, sources[request.param], **given)
+        given = {"views": VIEWS, "batch_size": BATCH, "seed": 3, "device": device}
+        return open_pipeline(engine, sources[engine], **{**given, **options, **changes})
 
-    call.engine = request.param  # type: ignore[attr-defined]
+    engine, options = request.param
+    call.engine = engine  # type: ignore[attr-defined]
     return call
 
 
@@ -119,12 +123,16 @@ def test_skip_continues_exactly(opened: Open) -> None:
 def test_views_are_those_of_the_fused_render(
     opened: Open, sources: dict[str, Any], device: str
 ) -> None:
-    """Bit for bit where the pixels are: DALI's decoder equals Pillow's on the CPU. FFCV's takes a
-    faster DCT and simpler chroma, so its views are near."""
-    images = as_images(sources["resident"]).to(device)
-    options = {"scaled": False} if opened.engine == "ffcv" else {}  # type: ignore[attr-defined]
-    for batch in opened(keep_params=True, **options).epoch(1):
-        truth, params = views_of(images.select(batch.index), VIEWS, 3, 1, batch.index)
+    """Bit for bit where the pixels are: DALI's decoder equals Pillow's on the CPU, at full size and
+    smaller. FFCV's takes a faster DCT and simpler chroma, so its views are near."""
+    pipeline, shrunk = opened(keep_params=True), set()
+    for batch in pipeline.epoch(1):
+        if opened.engine == "resident":  # type: ignore[attr-defined]
+            images, shrinks = as_images(sources["resident"]).select(batch.index.cpu()), [1]
+        else:
+            images, shrinks = planned(pipeline, open_encoded(sources["dali"]), batch.index, 1)
+        shrunk |= set(shrinks)
+        truth, params = views_of(images.to(device), VIEWS, 3, 1, batch.index)
         for ours, theirs in zip(batch.params, params, strict=True):
             assert torch.equal(ours.table, theirs.table)
         for view, expected, look in zip(batch.views, truth, VIEWS, strict=True):
@@ -135,6 +143,7 @@ def test_views_are_those_of_the_fused_render(
                 assert difference.mean() < 3 / 255
             else:
                 assert difference.max() <= (2 / 255 if device == "cuda" else 0)
+    assert shrunk == ({1, 2, 4, 8} if getattr(pipeline, "scaled", False) else {1})
 
 
 def test_an_image_is_decoded_once_for_all_views(
@@ -143,23 +152,55 @@ def test_an_image_is_decoded_once_for_all_views(
     from fastssl_pipelines import dali, ffcv
 
     counts = {"n": 0}
-    schedule, decode_row = dali._Dali.schedule, ffcv.Beton.decode
+    schedule, by_pillow, decode_row = dali._Dali.schedule, dali.decode, ffcv.Beton.decode
 
     def count_schedule(self: Any, images: list[Any]) -> list[Any]:
         counts["n"] += len(images)
         return schedule(self, images)
+
+    def count_pillow(*arguments: Any, **options: Any) -> Any:
+        counts["n"] += 1
+        return by_pillow(*arguments, **options)
 
     def count_rows(self: Any, *arguments: Any) -> str:
         counts["n"] += 1
         return decode_row(self, *arguments)
 
     monkeypatch.setattr(dali._Dali, "schedule", count_schedule)
+    monkeypatch.setattr(dali, "decode", count_pillow)
     monkeypatch.setattr(ffcv.Beton, "decode", count_rows)
     for views in (policies.simclr(2, 16), policies.simclr(9, 16)):
         counts["n"] = 0
         list(opened(views=views).epoch(0))
         expected = 0 if opened.engine == "resident" else BATCH * (COUNT // BATCH)  # type: ignore[attr-defined]
         assert counts["n"] == expected
+
+
+@needs("nvidia.dali")
+def test_every_crop_of_a_smaller_image_covers_its_view(sources: dict[str, Any]) -> None:
+    """The plan that engines share: the smallest of 1/2, 1/4, 1/8 at which that holds, by the very
+    draws of the views."""
+    views = (View(size=24), View(size=17, scale=(0.5, 1.0)))
+    given = {"views": views, "batch_size": 1, "seed": 3, "device": "cpu"}
+    pipeline: Any = open_pipeline("dali", sources["dali"], **given)
+    index = torch.arange(400)
+    size = torch.stack([30 + 7 * (index % 61), 20 + 11 * (index % 53)], dim=1)
+    found = pipeline._shrinks(index, 2, size)
+    assert set(found.tolist()) == {1, 2, 4, 8}
+    covers = torch.zeros(3, 400, dtype=torch.bool)
+    for k, shrink in enumerate((2, 4, 8)):
+        smaller = ((size + shrink - 1) // shrink).unbind(1)
+        crops = [draw(view, 3, 2, index, v, *smaller) for v, view in enumerate(views)]
+        sides = [torch.minimum(crop["height"], crop["width"]) for crop in crops]
+        covers[k] = (sides[0] >= 24) & (sides[1] >= 17)
+    for n, shrink in enumerate(found.tolist()):
+        fine = [s for s, covered in zip((2, 4, 8), covers[:, n].tolist(), strict=True) if covered]
+        assert shrink == max(fine, default=1)
+    pipeline.views = (View(size=1),)
+    tiny = pipeline._shrinks(torch.arange(2), 0, torch.tensor([[9, 9], [8, 8]]))
+    assert tiny.tolist() == [8, 4], "an image needs 2 x 2 pixels"
+    pipeline.views = (View(size=8, patch=16),)
+    assert pipeline._shrinks(index, 2, size).unique().tolist() == [1], "a patch is px of the image"
 
 
 def test_leaving_early_harms_nothing(opened: Open) -> None:
