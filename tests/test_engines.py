@@ -1,6 +1,7 @@
 """The promises of `spec.py`, asked of every engine with the same images and views."""
 
 import gc
+import json
 import os
 import tarfile
 import threading
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from fastssl.config import Config, config_from_json, config_to_json
 from fastssl_pipelines import Pipeline, View, choose_engine, open_pipeline, policies
 from fastssl_pipelines.augment import as_images, draw, views_of
 from fastssl_pipelines.convert import convert
@@ -418,3 +420,47 @@ def test_engines_train_to_the_same_accuracy(
     means = {engine: float(np.mean(values)) for engine, values in accuracy.items()}
     assert max(means.values()) - min(means.values()) < 2 * chance_spread, accuracy
     assert min(means.values()) > 0.25, "nothing was learnt, so nothing is compared"
+
+
+@needs("nvidia.dali")
+def test_the_command_line_reaches_the_engine(data: Path, tmp_path: Path) -> None:
+    """--render, --scaled and --oriented, and the images of the evaluation turned like the views."""
+    from fastssl.flags import parse_config
+    from fastssl.inputs import open_data
+
+    for k in range(5):
+        (tmp_path / f"{k}.jpg").symlink_to(data / "jpeg-odd" / "Landscape_6.jpg")
+    flags = f"--data {tmp_path} --engine dali --batch-size 2 --image-size 16 --load-size 16".split()
+    asked = parse_config(
+        "barlow", [*flags, "--render", "dali", "--no-scaled", "--oriented", "--device", "cpu"]
+    )
+    plain = parse_config("barlow", [*flags, "--device", "cpu"])
+    opened = [open_data(config, torch.device("cpu"), print) for config in (asked, plain)]
+    pipelines: list[Any] = [each.pipeline for each in opened]
+    assert [(p.scaled, p.oriented, p._render is None) for p in pipelines] == [
+        (False, True, False),
+        (True, False, True),
+    ]
+    turned, stored = (torch.from_numpy(each.images[0]).float() for each in opened)
+    assert (turned - stored.rot90(-1)).abs().mean() < 4 < (turned - stored).abs().mean()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"render": "dali"}, "--render dali needs --engine dali, and it is resident"),
+        ({"render": "dali", "engine": "ffcv"}, "--render dali needs --engine dali, and it is ffcv"),
+        ({"oriented": True, "engine": "ffcv"}, "engine ffcv cannot turn images"),
+        ({"oriented": True, "engine": "auto", "data": "x.beton"}, "engine ffcv cannot turn images"),
+    ],
+)
+def test_options_that_an_engine_has_not(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Config(**changes)
+
+
+def test_a_config_of_before_these_options_is_read() -> None:
+    values = json.loads(config_to_json(Config(engine="dali", seed=5)))
+    for name in ("render", "scaled", "oriented"):
+        del values[name]
+    assert config_from_json(json.dumps(values)) == Config(engine="dali", seed=5)

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastssl_pipelines.augment import Images, Params
-from fastssl_pipelines.dali_render import APPROXIMATIONS, DaliRender
+from fastssl_pipelines.dali_render import APPROXIMATIONS, DaliRender, empty_pipeline
 from fastssl_pipelines.decoded import Buffer, DecodedPipeline, ahead, in_chunks, places, results
 from fastssl_pipelines.encoded import (
     UnreadableError,
@@ -234,27 +234,16 @@ class _Dali:
     """DALI's decoder: bytes in, pixels out, one batch decoding while another is in use."""
 
     def __init__(self, batch_size: int, threads: int, device: torch.device, oriented: bool) -> None:
-        try:
-            from nvidia.dali import Pipeline, fn, types
-        except ImportError as error:
-            raise ValueError(
-                f"DALI cannot be imported ({error}): pip install 'fastssl-torch[dali]'"
-            ) from error
         self._device = device
-        cuda = device.type == "cuda"
-        self._pipe = Pipeline(
-            batch_size=batch_size,
-            num_threads=threads,
-            device_id=(device.index or 0) if cuda else None,
-            prefetch_queue_depth=1,
-            exec_dynamic=True,
-        )
+        self._pipe = empty_pipeline(batch_size, threads, device)
+        from nvidia.dali import fn, types
+
         with self._pipe:
             data = fn.external_source(name="data", dtype=types.DALIDataType.UINT8, ndim=1)
             self._pipe.set_outputs(
                 fn.decoders.image(
                     data,
-                    device="mixed" if cuda else "cpu",
+                    device="mixed" if device.type == "cuda" else "cpu",
                     output_type=types.DALIImageType.RGB,
                     adjust_orientation=oriented,
                 )
