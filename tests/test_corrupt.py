@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fastssl.data import load_images
 from fastssl_pipelines import Pipeline, View, open_pipeline
 from fastssl_pipelines.augment import as_images, views_of
 from fastssl_pipelines.convert import convert
@@ -158,6 +159,22 @@ def test_dali(scaled: bool, folder: Path, caplog: pytest.LogCaptureFixture) -> N
             assert torch.equal(view, expected)
 
 
+def test_resident(folder: Path) -> None:
+    """What a run with the resident engine loads: the same are left out, and named."""
+    left_out: dict[str, str] = {}
+    count = 0
+    for split in ("train", "test"):
+        images = load_images(
+            str(folder), split, size=16, holdout=0.5, quota=1.0, on_corrupt="skip",
+            left_out=left_out,
+        )  # fmt: skip
+        assert images.shape[1:] == (16, 16, 3)
+        count += len(images)
+    assert count == len(READ)
+    assert {base(name) for name in left_out} == set(REFUSED)
+    assert all(REFUSED[base(name)] in reason for name, reason in left_out.items())
+
+
 def test_ffcv_after_convert(folder: Path, tmp_path: Path) -> None:
     target = tmp_path / "odd.beton"
     report = convert(folder, target, quota=1.0)
@@ -219,12 +236,13 @@ def test_a_file_that_vanishes(folder: Path, tmp_path: Path) -> None:
     assert reason == "the file cannot be opened: No such file or directory"
 
 
-def test_dali_recovers(folder: Path) -> None:
+@pytest.mark.parametrize("scaled", [True, False])
+def test_dali_recovers(scaled: bool, folder: Path) -> None:
     """A JPEG that only DALI's decoder can find broken ends its pipeline; nothing else is lost."""
     good = folder / "hopper_orientation_2.jpg"
     assert plain_jpeg(np.fromfile(folder / "bad_tables.jpg", np.uint8)) == (128, 128)
     files = [good, good, folder / "bad_tables.jpg", good, good, good]
-    pipeline = opened(files, "dali", batch_size=1)
+    pipeline = opened(files, "dali", batch_size=1, scaled=scaled)
     for epoch in (0, 1):
         batches = []
         for step in range(6):
@@ -233,7 +251,7 @@ def test_dali_recovers(folder: Path) -> None:
             except CorruptDataError:
                 continue
         assert sorted(int(batch.index) for batch in batches) == [0, 1, 3, 4, 5]
-    pairs = opened(files, "dali", batch_size=2)
+    pairs = opened(files, "dali", batch_size=2, scaled=scaled)
     for epoch in range(3):
         indices = [batch.index.tolist() for batch in pairs.epoch(epoch)]
         assert sorted(map(len, indices)) == [1, 2, 2]

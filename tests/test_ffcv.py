@@ -11,6 +11,7 @@ from PIL import Image
 
 from fastssl_pipelines import View, open_pipeline
 from fastssl_pipelines.convert import convert
+from fastssl_pipelines.corrupt import CorruptDataError
 from fastssl_pipelines.ffcv import Beton, FfcvPipeline, importing_ffcv
 from tests.libraries import needs
 
@@ -183,6 +184,12 @@ def test_a_broken_row_is_named(beton: Path, tmp_path: Path) -> None:
     for epoch in (0, 1):
         assert 7 not in next(pipeline.epoch(epoch)).index
     assert list(pipeline.corrupt.reasons) == [f"{path}: image 7"]
+    for options, message in (
+        ({"on_corrupt": "stop"}, "image 7 cannot be read"),
+        ({"quota": 0.01}, "1 of 24 images are unreadable, more than the quota"),
+    ):
+        with pytest.raises(CorruptDataError, match=message):
+            next(opened(path, batch_size=24, **options).epoch(0))
 
 
 def test_mistakes(beton: Path, tmp_path: Path) -> None:
