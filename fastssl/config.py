@@ -26,8 +26,15 @@ class Config:
     of them; no labels), or CIFAR-10's python batches."""
     engine: Literal["auto", "resident", "dali", "ffcv"] = "resident"
     """What decodes and renders the views: 'resident' holds the images in memory at load_size;
-    'dali' and 'ffcv' decode a folder's or shards' JPEGs at full size as they go; 'auto' chooses and
-    says why."""
+    'dali' and 'ffcv' decode a folder's or shards' JPEGs as they go; 'auto' chooses and says why."""
+    render: Literal["fastssl", "dali"] = "fastssl"
+    """Engine dali: who makes the views; DALI's own operators approximate, and say how."""
+    scaled: bool = True
+    """Engines dali (on a CPU) and ffcv: decode JPEGs at 1/2, 1/4 or 1/8 where views need no more.
+    """
+    oriented: bool = False
+    """Turn the images of a folder or of shards as their EXIF tag says, in training and evaluation;
+    torchvision ignores it."""
     on_corrupt: Literal["skip", "stop"] = "skip"
     """What an unreadable image does: it is named and left out, or it ends the run."""
     corrupt_quota: float = 0.01
@@ -223,6 +230,11 @@ class Config:
                 )
         if not 0 < self.holdout < 1:
             raise ValueError(f"--holdout is {self.holdout}: it must lie between 0 and 1")
+        if self.render == "dali" and self.engine != "dali":
+            raise ValueError(f"--render dali needs --engine dali, and it is {self.engine}")
+        beton = self.engine == "auto" and self.data.endswith(".beton")
+        if self.oriented and (self.engine == "ffcv" or beton):
+            raise ValueError("--oriented: engine ffcv cannot turn images; use --engine dali")
         if not 0 <= self.corrupt_quota <= 1:
             raise ValueError(f"--corrupt-quota is {self.corrupt_quota}: it must lie in [0, 1]")
         if not 0 <= self.label_smoothing <= 1:

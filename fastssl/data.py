@@ -42,9 +42,11 @@ def load_images(
     holdout: float,
     on_corrupt: OnCorrupt = "stop",
     quota: float = 0.0,
+    oriented: bool = False,
     left_out: dict[str, str] | None = None,
 ) -> Images:
     """The images of one split, (M, S, S, 3) uint8. `size` is S of a folder; arrays keep theirs.
+    oriented: turn images of a folder or of shards as their EXIF tag says.
 
     Unreadable images are treated as `Corrupt` says; `left_out` collects their names and reasons.
     """
@@ -57,7 +59,7 @@ def load_images(
         return _npz_images(path, split, holdout)
     images = encoded_images(data, split, holdout=holdout)
     corrupt = Corrupt(len(images), on_corrupt, quota)
-    pixels = _decode(images, size, corrupt)
+    pixels = _decode(images, size, corrupt, oriented)
     if left_out is not None:
         left_out.update(corrupt.reasons)
     return pixels
@@ -306,7 +308,7 @@ def _class_names(path: Path, files: Sequence[Path], names_split: bool) -> list[s
     return [part[0] if part else "" for part in parts]
 
 
-def _decode(images: Encoded, size: int, corrupt: Corrupt) -> Images:
+def _decode(images: Encoded, size: int, corrupt: Corrupt, oriented: bool) -> Images:
     """Squares: the shorter side resized to `size` with antialias, the centre cropped. (M, S, S,
     3)"""
     require_memory(
@@ -317,7 +319,7 @@ def _decode(images: Encoded, size: int, corrupt: Corrupt) -> Images:
 
     def decode_one(i: int) -> Images | UnreadableError:
         try:
-            return _square(decode(images.read(i)), size)
+            return _square(decode(images.read(i), oriented=oriented), size)
         except UnreadableError as error:
             return error
 

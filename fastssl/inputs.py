@@ -103,7 +103,6 @@ def open_data(
             f"--batch-size {config.batch_size} is larger than the data set of {len(images)} images"
         )
     engine, source = _training_source(config, images, left_out, device, say)
-    options = {} if engine == "resident" else _corrupt_options(config)
     pipeline = open_pipeline(
         *(engine, source),
         views=views,
@@ -111,7 +110,7 @@ def open_data(
         seed=config.seed,
         device=device,
         shard=(ranks.rank, ranks.world),
-        **options,
+        **_engine_options(config, engine),
     )
     return Data(images, left_out, pipeline)
 
@@ -146,9 +145,24 @@ def load_split(config: Config, split: Split, left_out: dict[str, str]) -> Images
     size, holdout = config.load_size, config.holdout
     options = _corrupt_options(config)
     images = load_images(
-        config.data, split, size=size, holdout=holdout, left_out=left_out, **options
+        *(config.data, split),
+        size=size,
+        holdout=holdout,
+        oriented=config.oriented,
+        left_out=left_out,
+        **options,
     )
     return images[: config.train_images or None] if split == "train" else images
+
+
+def _engine_options(config: Config, engine: str) -> dict[str, Any]:
+    """What `config` says to this engine alone."""
+    if engine == "resident":
+        return {}
+    options = {**_corrupt_options(config), "scaled": config.scaled}
+    if engine == "dali":
+        options |= {"render": config.render, "oriented": config.oriented}
+    return options
 
 
 def _corrupt_options(config: Config) -> dict[str, Any]:

@@ -13,12 +13,14 @@ import pytest
 import torch
 from PIL import Image
 
+from fastssl.data import load_images
 from fastssl_pipelines import Pipeline, View, open_pipeline
 from fastssl_pipelines.augment import as_images, views_of
 from fastssl_pipelines.convert import convert
 from fastssl_pipelines.corrupt import Corrupt, CorruptDataError
 from fastssl_pipelines.doctor import diagnose
 from fastssl_pipelines.encoded import UnreadableError, decode, open_encoded, plain_jpeg
+from tests.decoded import planned
 from tests.libraries import needs
 
 pytestmark = needs("ffcv", "nvidia.dali")
@@ -126,17 +128,19 @@ def test_exif_on_request(folder: Path) -> None:
     assert decode(data, oriented=True).shape == (1200, 1800, 3)
     small = [folder / f"hopper_orientation_{k}.jpg" for k in range(2, 9)]
     upright = as_images([decode(np.fromfile(f, np.uint8), oriented=True) for f in small])
-    batch = next(opened(small, "dali", batch_size=7, oriented=True).epoch(0))
+    given: dict[str, Any] = {"batch_size": 7, "scaled": False}
+    batch = next(opened(small, "dali", oriented=True, **given).epoch(0))
     truth, _ = views_of(upright.select(batch.index), VIEWS, 0, 0, batch.index)
     assert torch.equal(batch.views[0], truth[0])
-    as_stored = next(opened(small, "dali", batch_size=7).epoch(0))
+    as_stored = next(opened(small, "dali", **given).epoch(0))
     assert not torch.equal(as_stored.views[0], truth[0])
 
 
-def test_dali(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("scaled", [True, False])
+def test_dali(scaled: bool, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Readable ones give Pillow's pixels, the others are left out and named once."""
     encoded = open_encoded(folder)
-    pipeline = opened(folder, "dali", batch_size=len(encoded))
+    pipeline = opened(folder, "dali", batch_size=len(encoded), scaled=scaled)
     batches = [next(pipeline.epoch(epoch)) for epoch in (0, 1)]
     reasons = {base(name): reason for name, reason in pipeline.corrupt.reasons.items()}  # type: ignore[attr-defined]
     assert set(reasons) == set(REFUSED)
@@ -146,14 +150,29 @@ def test_dali(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
             sum(f"/{name} cannot be read" in record.getMessage() for record in caplog.records) == 1
         )
     read = sorted(i for i, name in enumerate(encoded.names) if base(name) in READ)
-    pixels = [decode(encoded.read(i)) if i in read else np.zeros((2, 2, 3), np.uint8)
-              for i in range(len(encoded))]  # fmt: skip
-    images = as_images(pixels)
     for epoch, batch in enumerate(batches):
         assert sorted(batch.index.tolist()) == read
-        truth, _ = views_of(images.select(batch.index), VIEWS, 0, epoch, batch.index)
+        images, shrinks = planned(pipeline, encoded, batch.index, epoch)
+        assert (max(shrinks) == 8) == scaled
+        truth, _ = views_of(images, VIEWS, 0, epoch, batch.index)
         for view, expected in zip(batch.views, truth, strict=True):
             assert torch.equal(view, expected)
+
+
+def test_resident(folder: Path) -> None:
+    """What a run with the resident engine loads: the same are left out, and named."""
+    left_out: dict[str, str] = {}
+    count = 0
+    for split in ("train", "test"):
+        images = load_images(
+            str(folder), split, size=16, holdout=0.5, quota=1.0, on_corrupt="skip",
+            left_out=left_out,
+        )  # fmt: skip
+        assert images.shape[1:] == (16, 16, 3)
+        count += len(images)
+    assert count == len(READ)
+    assert {base(name) for name in left_out} == set(REFUSED)
+    assert all(REFUSED[base(name)] in reason for name, reason in left_out.items())
 
 
 def test_ffcv_after_convert(folder: Path, tmp_path: Path) -> None:
@@ -217,12 +236,13 @@ def test_a_file_that_vanishes(folder: Path, tmp_path: Path) -> None:
     assert reason == "the file cannot be opened: No such file or directory"
 
 
-def test_dali_recovers(folder: Path) -> None:
+@pytest.mark.parametrize("scaled", [True, False])
+def test_dali_recovers(scaled: bool, folder: Path) -> None:
     """A JPEG that only DALI's decoder can find broken ends its pipeline; nothing else is lost."""
     good = folder / "hopper_orientation_2.jpg"
     assert plain_jpeg(np.fromfile(folder / "bad_tables.jpg", np.uint8)) == (128, 128)
     files = [good, good, folder / "bad_tables.jpg", good, good, good]
-    pipeline = opened(files, "dali", batch_size=1)
+    pipeline = opened(files, "dali", batch_size=1, scaled=scaled)
     for epoch in (0, 1):
         batches = []
         for step in range(6):
@@ -231,7 +251,7 @@ def test_dali_recovers(folder: Path) -> None:
             except CorruptDataError:
                 continue
         assert sorted(int(batch.index) for batch in batches) == [0, 1, 3, 4, 5]
-    pairs = opened(files, "dali", batch_size=2)
+    pairs = opened(files, "dali", batch_size=2, scaled=scaled)
     for epoch in range(3):
         indices = [batch.index.tolist() for batch in pairs.epoch(epoch)]
         assert sorted(map(len, indices)) == [1, 2, 2]

@@ -1,5 +1,6 @@
 """The DALI engine beyond the common contract: sources, shards, its library missing."""
 
+import io
 import sys
 import tarfile
 from pathlib import Path
@@ -8,9 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fastssl_pipelines import Pipeline, View, open_pipeline
+from fastssl_pipelines.augment import views_of
 from fastssl_pipelines.encoded import decode, open_encoded, plain_jpeg
+from tests.decoded import planned
 from tests.libraries import needs
 
 pytestmark = needs("nvidia.dali")
@@ -65,6 +69,49 @@ def test_decoded_size_is_read_from_the_header(data: Path) -> None:
         assert plain_jpeg(encoded) == decode(encoded).shape[:2]
         for cut in (2, 20, 200, len(encoded) // 2, len(encoded) - 1):
             assert plain_jpeg(encoded[:cut]) is None
+
+
+@pytest.mark.parametrize("shrink", [2, 4, 8])
+def test_jpegs_are_decoded_smaller(shrink: int, data: Path) -> None:
+    """To exactly the size that was planned, and the look of the whole."""
+    files = [np.fromfile(f, np.uint8) for f in sorted((data / "imagenet-samples").iterdir())[::20]]
+    rng = np.random.default_rng(0)
+    for height, width, mode in ((16, 9, "RGB"), (15, 23, "L"), (17, 31, "RGB"), (64, 33, "RGB")):
+        coarse = rng.integers(0, 256, (2, 2, 3), dtype=np.uint8)
+        photo = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+        file = io.BytesIO()
+        photo.convert(mode).save(file, "JPEG", quality=95)
+        files.append(np.frombuffer(file.getvalue(), np.uint8))
+    for file in files:
+        whole, small = decode(file), decode(file, shrink=shrink)
+        height, width = whole.shape[:2]
+        assert small.shape == (-(-height // shrink), -(-width // shrink), 3)
+        inside = whole[: height // shrink * shrink, : width // shrink * shrink].astype(int)
+        boxes = inside.reshape(height // shrink, shrink, width // shrink, shrink, 3).mean((1, 3))
+        cut = small[: height // shrink, : width // shrink]
+        assert np.abs(boxes - cut).mean() < 4
+
+
+def test_turned_images_are_planned_as_they_are_shown(data: Path) -> None:
+    """EXIF turns this one by 90 degrees: its crops are drawn on 1200 x 1800 px."""
+    source = [data / "jpeg-odd" / "Landscape_6.jpg"]
+    pipeline: Any = opened(source, batch_size=1, oriented=True)
+    assert pipeline._load(0)[1:3] == (1200, 1800)
+    for epoch in range(3):
+        batch = next(pipeline.epoch(epoch))
+        images, (shrink,) = planned(pipeline, pipeline.encoded, batch.index, epoch)
+        assert shrink > 1 and images.pixels(0).shape == (1200 // shrink, 1800 // shrink, 3)
+        truth, _ = views_of(images, VIEWS, 2, epoch, batch.index)
+        assert all(torch.equal(a, b) for a, b in zip(batch.views, truth, strict=True))
+
+
+def test_pixels_that_lie_apart_are_gathered(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What DALI does not hold in one piece gives the same views."""
+    files = sorted((data / "imagenet-samples").iterdir(), key=lambda f: f.stat().st_size)[:16]
+    one_piece = list(opened(files, scaled=False).epoch(0))
+    monkeypatch.setattr("fastssl_pipelines.dali._Dali.flat", lambda self, scheduled: None)
+    for a, b in zip(one_piece, opened(files, scaled=False).epoch(0), strict=True):
+        assert torch.equal(a.views[1], b.views[1])
 
 
 @pytest.mark.parametrize(

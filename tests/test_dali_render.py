@@ -182,7 +182,7 @@ def test_an_image_is_decoded_once(files: list[Path], monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(dali._Dali, "schedule", counted)
     for views in (policies.simclr(2, 16), policies.simclr(9, 16)):
         counts.clear()
-        list(opened(files, views=views).epoch(0))
+        list(opened(files, views=views, scaled=False).epoch(0))
         assert sum(counts) == BATCH * (COUNT // BATCH)
 
 
@@ -191,9 +191,10 @@ def test_unreadable_images_and_other_formats(files: list[Path], images: Images) 
     png = io.BytesIO()
     Image.fromarray(images.pixels(0).numpy()).save(png, "PNG")
     source = [png.getvalue(), b"rubbish", *(file.read_bytes() for file in files[:3])]
-    (batch,) = opened(source, batch_size=5, quota=1.0).epoch(0)
+    given: dict[str, Any] = {"batch_size": 5, "quota": 1.0, "scaled": False}
+    (batch,) = opened(source, **given).epoch(0)
     assert sorted(batch.index.tolist()) == [0, 2, 3, 4]
-    jpeg = opened([files[0].read_bytes(), *source[1:]], batch_size=5, quota=1.0)
+    jpeg = opened([files[0].read_bytes(), *source[1:]], **given)
     (same,) = jpeg.epoch(0)
     assert torch.equal(batch.views[0], same.views[0])
 

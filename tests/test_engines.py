@@ -1,6 +1,7 @@
 """The promises of `spec.py`, asked of every engine with the same images and views."""
 
 import gc
+import json
 import os
 import tarfile
 import threading
@@ -13,16 +14,20 @@ import numpy as np
 import pytest
 import torch
 
+from fastssl.config import Config, config_from_json, config_to_json
 from fastssl_pipelines import Pipeline, View, choose_engine, open_pipeline, policies
-from fastssl_pipelines.augment import as_images, views_of
+from fastssl_pipelines.augment import as_images, draw, views_of
 from fastssl_pipelines.convert import convert
 from fastssl_pipelines.encoded import decode, open_encoded
+from tests.decoded import planned
 from tests.libraries import needs
 
 ENGINES = (
-    "resident",
-    pytest.param("dali", marks=needs("nvidia.dali")),
-    pytest.param("ffcv", marks=needs("ffcv")),
+    pytest.param(("resident", {}), id="resident"),
+    pytest.param(("dali", {}), id="dali", marks=needs("nvidia.dali")),
+    pytest.param(("dali", {"scaled": False}), id="dali-full", marks=needs("nvidia.dali")),
+    pytest.param(("ffcv", {}), id="ffcv", marks=needs("ffcv")),
+    pytest.param(("ffcv", {"scaled": False}), id="ffcv-full", marks=needs("ffcv")),
 )
 COUNT, BATCH = 30, 7
 VIEWS = (*policies.simclr(2, 24), View(size=17, interpolation="bicubic", erase=0.5))
@@ -50,10 +55,11 @@ def opened(request: pytest.FixtureRequest, sources: dict[str, Any], device: str)
     """Opens the engine, with other arguments where they are given."""
 
     def call(**changes: Any) -> Pipeline:
-        given = {"views": VIEWS, "batch_size": BATCH, "seed": 3, "device": device, **changes}
-        return open_pipeline(request.param, sources[request.param], **given)
+        given = {"views": VIEWS, "batch_size": BATCH, "seed": 3, "device": device}
+        return open_pipeline(engine, sources[engine], **{**given, **options, **changes})
 
-    call.engine = request.param  # type: ignore[attr-defined]
+    engine, options = request.param
+    call.engine = engine  # type: ignore[attr-defined]
     return call
 
 
@@ -119,12 +125,16 @@ def test_skip_continues_exactly(opened: Open) -> None:
 def test_views_are_those_of_the_fused_render(
     opened: Open, sources: dict[str, Any], device: str
 ) -> None:
-    """Bit for bit where the pixels are: DALI's decoder equals Pillow's on the CPU. FFCV's takes a
-    faster DCT and simpler chroma, so its views are near."""
-    images = as_images(sources["resident"]).to(device)
-    options = {"scaled": False} if opened.engine == "ffcv" else {}  # type: ignore[attr-defined]
-    for batch in opened(keep_params=True, **options).epoch(1):
-        truth, params = views_of(images.select(batch.index), VIEWS, 3, 1, batch.index)
+    """Bit for bit where the pixels are: DALI's decoder equals Pillow's on the CPU, at full size and
+    smaller. FFCV's takes a faster DCT and simpler chroma, so its views are near."""
+    pipeline, shrunk = opened(keep_params=True), set()
+    for batch in pipeline.epoch(1):
+        if opened.engine == "resident":  # type: ignore[attr-defined]
+            images, shrinks = as_images(sources["resident"]).select(batch.index.cpu()), [1]
+        else:
+            images, shrinks = planned(pipeline, open_encoded(sources["dali"]), batch.index, 1)
+        shrunk |= set(shrinks)
+        truth, params = views_of(images.to(device), VIEWS, 3, 1, batch.index)
         for ours, theirs in zip(batch.params, params, strict=True):
             assert torch.equal(ours.table, theirs.table)
         for view, expected, look in zip(batch.views, truth, VIEWS, strict=True):
@@ -135,6 +145,7 @@ def test_views_are_those_of_the_fused_render(
                 assert difference.mean() < 3 / 255
             else:
                 assert difference.max() <= (2 / 255 if device == "cuda" else 0)
+    assert shrunk == ({1, 2, 4, 8} if getattr(pipeline, "scaled", False) else {1})
 
 
 def test_an_image_is_decoded_once_for_all_views(
@@ -143,23 +154,55 @@ def test_an_image_is_decoded_once_for_all_views(
     from fastssl_pipelines import dali, ffcv
 
     counts = {"n": 0}
-    schedule, decode_row = dali._Dali.schedule, ffcv.Beton.decode
+    schedule, by_pillow, decode_row = dali._Dali.schedule, dali.decode, ffcv.Beton.decode
 
     def count_schedule(self: Any, images: list[Any]) -> list[Any]:
         counts["n"] += len(images)
         return schedule(self, images)
+
+    def count_pillow(*arguments: Any, **options: Any) -> Any:
+        counts["n"] += 1
+        return by_pillow(*arguments, **options)
 
     def count_rows(self: Any, *arguments: Any) -> str:
         counts["n"] += 1
         return decode_row(self, *arguments)
 
     monkeypatch.setattr(dali._Dali, "schedule", count_schedule)
+    monkeypatch.setattr(dali, "decode", count_pillow)
     monkeypatch.setattr(ffcv.Beton, "decode", count_rows)
     for views in (policies.simclr(2, 16), policies.simclr(9, 16)):
         counts["n"] = 0
         list(opened(views=views).epoch(0))
         expected = 0 if opened.engine == "resident" else BATCH * (COUNT // BATCH)  # type: ignore[attr-defined]
         assert counts["n"] == expected
+
+
+@needs("nvidia.dali")
+def test_every_crop_of_a_smaller_image_covers_its_view(sources: dict[str, Any]) -> None:
+    """The plan that engines share: the smallest of 1/2, 1/4, 1/8 at which that holds, by the very
+    draws of the views."""
+    views = (View(size=24), View(size=17, scale=(0.5, 1.0)))
+    given = {"views": views, "batch_size": 1, "seed": 3, "device": "cpu"}
+    pipeline: Any = open_pipeline("dali", sources["dali"], **given)
+    index = torch.arange(400)
+    size = torch.stack([30 + 7 * (index % 61), 20 + 11 * (index % 53)], dim=1)
+    found = pipeline._shrinks(index, 2, size)
+    assert set(found.tolist()) == {1, 2, 4, 8}
+    covers = torch.zeros(3, 400, dtype=torch.bool)
+    for k, shrink in enumerate((2, 4, 8)):
+        smaller = ((size + shrink - 1) // shrink).unbind(1)
+        crops = [draw(view, 3, 2, index, v, *smaller) for v, view in enumerate(views)]
+        sides = [torch.minimum(crop["height"], crop["width"]) for crop in crops]
+        covers[k] = (sides[0] >= 24) & (sides[1] >= 17)
+    for n, shrink in enumerate(found.tolist()):
+        fine = [s for s, covered in zip((2, 4, 8), covers[:, n].tolist(), strict=True) if covered]
+        assert shrink == max(fine, default=1)
+    pipeline.views = (View(size=1),)
+    tiny = pipeline._shrinks(torch.arange(2), 0, torch.tensor([[9, 9], [8, 8]]))
+    assert tiny.tolist() == [8, 4], "an image needs 2 x 2 pixels"
+    pipeline.views = (View(size=8, patch=16),)
+    assert pipeline._shrinks(index, 2, size).unique().tolist() == [1], "a patch is px of the image"
 
 
 def test_leaving_early_harms_nothing(opened: Open) -> None:
@@ -377,3 +420,47 @@ def test_engines_train_to_the_same_accuracy(
     means = {engine: float(np.mean(values)) for engine, values in accuracy.items()}
     assert max(means.values()) - min(means.values()) < 2 * chance_spread, accuracy
     assert min(means.values()) > 0.25, "nothing was learnt, so nothing is compared"
+
+
+@needs("nvidia.dali")
+def test_the_command_line_reaches_the_engine(data: Path, tmp_path: Path) -> None:
+    """--render, --scaled and --oriented, and the images of the evaluation turned like the views."""
+    from fastssl.flags import parse_config
+    from fastssl.inputs import open_data
+
+    for k in range(5):
+        (tmp_path / f"{k}.jpg").symlink_to(data / "jpeg-odd" / "Landscape_6.jpg")
+    flags = f"--data {tmp_path} --engine dali --batch-size 2 --image-size 16 --load-size 16".split()
+    asked = parse_config(
+        "barlow", [*flags, "--render", "dali", "--no-scaled", "--oriented", "--device", "cpu"]
+    )
+    plain = parse_config("barlow", [*flags, "--device", "cpu"])
+    opened = [open_data(config, torch.device("cpu"), print) for config in (asked, plain)]
+    pipelines: list[Any] = [each.pipeline for each in opened]
+    assert [(p.scaled, p.oriented, p._render is None) for p in pipelines] == [
+        (False, True, False),
+        (True, False, True),
+    ]
+    turned, stored = (torch.from_numpy(each.images[0]).float() for each in opened)
+    assert (turned - stored.rot90(-1)).abs().mean() < 4 < (turned - stored).abs().mean()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"render": "dali"}, "--render dali needs --engine dali, and it is resident"),
+        ({"render": "dali", "engine": "ffcv"}, "--render dali needs --engine dali, and it is ffcv"),
+        ({"oriented": True, "engine": "ffcv"}, "engine ffcv cannot turn images"),
+        ({"oriented": True, "engine": "auto", "data": "x.beton"}, "engine ffcv cannot turn images"),
+    ],
+)
+def test_options_that_an_engine_has_not(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Config(**changes)
+
+
+def test_a_config_of_before_these_options_is_read() -> None:
+    values = json.loads(config_to_json(Config(engine="dali", seed=5)))
+    for name in ("render", "scaled", "oriented"):
+        del values[name]
+    assert config_from_json(json.dumps(values)) == Config(engine="dali", seed=5)

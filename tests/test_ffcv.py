@@ -11,6 +11,7 @@ from PIL import Image
 
 from fastssl_pipelines import View, open_pipeline
 from fastssl_pipelines.convert import convert
+from fastssl_pipelines.corrupt import CorruptDataError
 from fastssl_pipelines.ffcv import Beton, FfcvPipeline, importing_ffcv
 from tests.libraries import needs
 
@@ -115,7 +116,7 @@ def test_scaled_decoding_covers_every_view(
     assert {4, 8} <= set(shrinks) <= {1, 2, 4, 8}
     for params, view in zip(scaled.params, views, strict=True):
         smallest = torch.minimum(params["height"], params["width"])
-        assert smallest.min() >= view.size - 1  # rounding of the smaller image's crop
+        assert smallest.min() >= view.size
     shrinks.clear()
     whole = (View(size=24, scale=(1.0, 1.0), ratio=(0.1, 10.0)),)  # one geometry at every scale
     small, full = (
@@ -183,6 +184,12 @@ def test_a_broken_row_is_named(beton: Path, tmp_path: Path) -> None:
     for epoch in (0, 1):
         assert 7 not in next(pipeline.epoch(epoch)).index
     assert list(pipeline.corrupt.reasons) == [f"{path}: image 7"]
+    for options, message in (
+        ({"on_corrupt": "stop"}, "image 7 cannot be read"),
+        ({"quota": 0.01}, "1 of 24 images are unreadable, more than the quota"),
+    ):
+        with pytest.raises(CorruptDataError, match=message):
+            next(opened(path, batch_size=24, **options).epoch(0))
 
 
 def test_mistakes(beton: Path, tmp_path: Path) -> None:

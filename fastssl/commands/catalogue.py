@@ -74,7 +74,8 @@ def views(arguments: list[str]) -> None:
     from fastssl.data import load_images
     from fastssl.inputs import build_views
 
-    images = load_images(config.data, "train", size=config.load_size, holdout=config.holdout)
+    size, oriented = config.load_size, config.oriented
+    images = load_images(config.data, "train", size=size, holdout=config.holdout, oriented=oriented)
     chosen = images[:: max(1, len(images) // SHEET_ROWS)][:SHEET_ROWS]
     draw_contact_sheet(chosen, build_views(config)[:SHEET_VIEWS], config.seed, out)
     Console().print(f"{out}: {len(chosen)} images and their views", highlight=False)

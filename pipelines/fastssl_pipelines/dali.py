@@ -6,18 +6,20 @@ fed to DALI as bytes. DALI decodes each once; all views are rendered from those 
 or by DALI's own operators (`dali_render.py`).
 
 Only plain JPEGs go to DALI. Everything else (CMYK, PNG, 16 bits, files that break off) goes to
-Pillow, which reads it or says why not.
+Pillow, which reads it or says why not. So do, on a CPU, the JPEGs that may be decoded smaller:
+libjpeg scales as it decodes, DALI's decoders do not.
 
 Shapes: N batch, H and W pixels.
 """
 
 import logging
+import math
 import os
 from collections import deque
 from collections.abc import Generator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -25,11 +27,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastssl_pipelines.augment import Images, Params
-from fastssl_pipelines.dali_render import APPROXIMATIONS, DaliRender
-from fastssl_pipelines.decoded import Buffer, DecodedPipeline, ahead, places
+from fastssl_pipelines.dali_render import APPROXIMATIONS, DaliRender, empty_pipeline
+from fastssl_pipelines.decoded import Buffer, DecodedPipeline, ahead, in_chunks, places, results
 from fastssl_pipelines.encoded import (
     UnreadableError,
     decode,
+    exif_orientation,
     open_encoded,
     plain_jpeg,
     require_side,
@@ -40,16 +43,29 @@ log = logging.getLogger("fastssl_pipelines")
 
 Render = Literal["fastssl", "dali"]
 MOST_RUNNING = 8  # batches with DALI at once
-Loaded = NDArray[np.uint8] | UnreadableError  # encoded (L,), decoded (H, W, 3), or neither
+
+
+class Jpeg(NamedTuple):
+    """A plain JPEG, and the size in px of what it shows; 1 / `shrink` of that is to be decoded."""
+
+    data: NDArray[np.uint8]
+    height: int
+    width: int
+    shrink: int = 1
+
+
+Pixels = NDArray[np.uint8] | UnreadableError  # (H, W, 3), or why there are none
+Chunks = list[Future[list[Pixels | Jpeg]]]
 
 
 @dataclass
 class Running:
-    """A batch being decoded: `loaded[n]` is what became of image `index[n]`; 1-D arrays are with
-    DALI."""
+    """A batch being decoded: `loaded[n]` is what image `index[n]` is, or is decoded from."""
 
     index: Tensor  # (N,)
-    loaded: list[Loaded]
+    loaded: list[Pixels | Jpeg]
+    shrunk: list[Future[list[Pixels]]]  # the JPEGs that become smaller, with Pillow
+    full: list[Jpeg]  # the other JPEGs, with DALI
     dali: "_Dali"
     decoded: "list[Any] | None"  # what DALI will fill in; None where it has nothing to do
 
@@ -60,8 +76,9 @@ class DaliPipeline(DecodedPipeline):
 
     source: what `open_encoded` takes. threads: of DALI and of the readers, each; by default one per
     core. oriented: turn images as their EXIF tag says; by default it is ignored, as in torchvision.
-    render: who makes the views. "fastssl" as every engine; "dali" with DALI's own operators, which
-    approximate (see `dali_render.py`) and say so once, in the log.
+    scaled, by default True: see `DecodedPipeline`; on a GPU it has no effect. render: who makes the
+    views. "fastssl" as every engine; "dali" with DALI's own operators, which approximate (see
+    `dali_render.py`) and say so once, in the log.
     """
 
     def __init__(
@@ -78,6 +95,7 @@ class DaliPipeline(DecodedPipeline):
         self.encoded = open_encoded(source)
         super().__init__(len(self.encoded), **common)
         self.threads, self.oriented = threads or os.cpu_count() or 1, oriented
+        self.scaled = self.scaled and self.device.type == "cpu"  # nvJPEG does not scale
         self._dali = self._build()
         self._render = self._build_render() if render == "dali" else None
         if self._render is not None:
@@ -106,22 +124,42 @@ class DaliPipeline(DecodedPipeline):
 
     def _decoded(self, order: Tensor, epoch: int) -> Generator[tuple[Images, Tensor], None, None]:
         buffer = Buffer(self.device)
-        with ThreadPoolExecutor(self.threads, thread_name_prefix="fastssl-read") as readers:
+        readers = ThreadPoolExecutor(self.threads, thread_name_prefix="fastssl-read")
 
-            def read(index: Tensor) -> tuple[Tensor, list[Future[Loaded]]]:
-                return index, [readers.submit(self._load, i) for i in index.tolist()]
+        def read(index: Tensor) -> tuple[Tensor, Chunks]:
+            return index, in_chunks(readers, self.threads, self._load, index.tolist())
 
-            def schedule(batch: tuple[Tensor, list[Future[Loaded]]]) -> Running:
-                index, futures = batch
-                loaded = [future.result() for future in futures]
-                jpegs = [x for x in loaded if _is_encoded(x)]
-                scheduled = self._schedule(jpegs) if jpegs else None
-                return Running(index, loaded, self._dali, scheduled)
+        def start(batch: tuple[Tensor, Chunks]) -> Running:
+            index, chunks = batch
+            return self._start(index, self._planned(results(chunks), index, epoch), readers)
 
-            def collect(batch: Running) -> tuple[Images, Tensor]:
-                return self._collect(batch, buffer)
+        def collect(batch: Running) -> tuple[Images, Tensor]:
+            return self._collect(batch, buffer)
 
-            yield from ahead(ahead(order, read, lambda x: x, 1), schedule, collect, 1)
+        try:
+            yield from ahead(ahead(order, read, lambda x: x, 1), start, collect, 1)
+        finally:
+            readers.shutdown(cancel_futures=True)
+
+    def _planned(
+        self, loaded: list[Pixels | Jpeg], index: Tensor, epoch: int
+    ) -> list[Pixels | Jpeg]:
+        """`loaded`, of the images at `index` (N,), with the `shrink` of each JPEG."""
+        sizes = [(x.height, x.width) if isinstance(x, Jpeg) else (1, 1) for x in loaded]
+        shrinks = self._shrinks(index, epoch, torch.tensor(sizes)).tolist()
+        return [
+            x._replace(shrink=shrink) if isinstance(x, Jpeg) else x
+            for x, shrink in zip(loaded, shrinks, strict=True)
+        ]
+
+    def _start(self, index: Tensor, loaded: list[Pixels | Jpeg], readers: Executor) -> Running:
+        """Begin to decode the JPEGs of a batch: on `readers` those that become smaller."""
+        jpegs = [x for x in loaded if isinstance(x, Jpeg)]
+        smaller = [x for x in jpegs if x.shrink > 1]
+        full = [x for x in jpegs if x.shrink == 1]
+        shrunk = in_chunks(readers, self.threads, self._by_pillow, smaller)
+        scheduled = self._schedule([x.data for x in full]) if full else None
+        return Running(index, loaded, shrunk, full, self._dali, scheduled)
 
     def _schedule(self, jpegs: list[Any]) -> list[Any]:
         try:
@@ -130,53 +168,58 @@ class DaliPipeline(DecodedPipeline):
             self._dali = self._build()
             return self._dali.schedule(jpegs)
 
-    def _load(self, i: int) -> Loaded:
-        """Image i: its bytes for DALI, or its pixels, or why there are none."""
+    def _load(self, i: int) -> Pixels | Jpeg:
+        """Image i: a JPEG to be decoded, or its pixels, or why there are none."""
         try:
             data = self.encoded.read(i)
             size = plain_jpeg(data)
             if size is None:
                 return decode(data, oriented=self.oriented, smallest=self.smallest)
             require_side(*size, self.smallest)
-            return data
         except UnreadableError as error:
             return error
+        turned = self.scaled and self.oriented and exif_orientation(data) > 4  # by 90 degrees
+        return Jpeg(data, *(size[::-1] if turned else size))
 
     def _collect(self, batch: Running, buffer: Buffer) -> tuple[Images, Tensor]:
         """The readable images of a batch, laid flat on the device, and their indices."""
-        decoded: list[Any] = []
+        full: list[Any] = []
+        flat: Tensor | None = None
         if batch.decoded is not None:
             try:
-                decoded = batch.dali.collect(batch.decoded)
+                full = batch.dali.collect(batch.decoded)
+                flat = batch.dali.flat(batch.decoded)
             except RuntimeError:  # one bad image ends a DALI pipeline, and what was scheduled in it
                 if batch.dali is self._dali:
                     self._dali = self._build()
-                decoded = [self._by_pillow(x) for x in batch.loaded if _is_encoded(x)]
-        from_dali = iter(decoded)
+                full = [self._by_pillow(x) for x in batch.full]
+        from_dali, from_pillow = iter(full), iter(results(batch.shrunk))
         images, kept = [], []
         for i, x in zip(batch.index.tolist(), batch.loaded, strict=True):
-            x = next(from_dali) if _is_encoded(x) else x
+            if isinstance(x, Jpeg):
+                x = next(from_dali if x.shrink == 1 else from_pillow)
             if isinstance(x, UnreadableError):
                 self.corrupt.add(self.encoded.names[i], str(x))
             else:
                 images.append(x)
                 kept.append(i)
-        return _lay(images, buffer), torch.tensor(kept, dtype=torch.int64)
+        index = torch.tensor(kept, dtype=torch.int64)
+        return _lay(images, buffer, flat if len(full) == len(images) else None), index
 
-    def _by_pillow(self, data: Any) -> Loaded:
+    def _by_pillow(self, jpeg: Jpeg) -> Pixels:
         try:
-            return decode(data, oriented=self.oriented, smallest=self.smallest)
+            shrink, smallest = jpeg.shrink, self.smallest
+            return decode(jpeg.data, oriented=self.oriented, smallest=smallest, shrink=shrink)
         except UnreadableError as error:
             return error
 
 
-def _is_encoded(x: Any) -> bool:
-    return isinstance(x, np.ndarray) and x.ndim == 1
-
-
-def _lay(images: Sequence[Any], buffer: Buffer) -> Images:
-    """(H, W, 3) arrays, or tensors on the GPU, one behind the other."""
+def _lay(images: Sequence[Any], buffer: Buffer, flat: Tensor | None) -> Images:
+    """(H, W, 3) arrays, or tensors on the GPU, one behind the other; where they already lie so, in
+    `flat`, nothing is copied."""
     place = places([(x.shape[0], x.shape[1]) for x in images])
+    if flat is not None:
+        return buffer.images(flat, place)
     if buffer.device.type == "cuda":
         parts = [torch.as_tensor(x).to(buffer.device).reshape(-1) for x in images]
         return buffer.images(torch.cat(parts), place)
@@ -191,27 +234,16 @@ class _Dali:
     """DALI's decoder: bytes in, pixels out, one batch decoding while another is in use."""
 
     def __init__(self, batch_size: int, threads: int, device: torch.device, oriented: bool) -> None:
-        try:
-            from nvidia.dali import Pipeline, fn, types
-        except ImportError as error:
-            raise ValueError(
-                f"DALI cannot be imported ({error}): pip install 'fastssl-torch[dali]'"
-            ) from error
         self._device = device
-        cuda = device.type == "cuda"
-        self._pipe = Pipeline(
-            batch_size=batch_size,
-            num_threads=threads,
-            device_id=(device.index or 0) if cuda else None,
-            prefetch_queue_depth=1,
-            exec_dynamic=True,
-        )
+        self._pipe = empty_pipeline(batch_size, threads, device)
+        from nvidia.dali import fn, types
+
         with self._pipe:
             data = fn.external_source(name="data", dtype=types.DALIDataType.UINT8, ndim=1)
             self._pipe.set_outputs(
                 fn.decoders.image(
                     data,
-                    device="mixed" if cuda else "cpu",
+                    device="mixed" if device.type == "cuda" else "cpu",
                     output_type=types.DALIImageType.RGB,
                     adjust_orientation=oriented,
                 )
@@ -236,6 +268,17 @@ class _Dali:
         (images,) = scheduled
         cuda = self._device.type == "cuda"
         return [torch.from_dlpack(x) if cuda else np.asarray(x) for x in images]
+
+    def flat(self, scheduled: list[Any]) -> Tensor | None:
+        """All bytes of a collected batch, where DALI holds it on a CPU, one image behind the
+        other."""
+        (images,) = scheduled
+        size = sum(math.prod(shape) for shape in images.shape())
+        try:
+            flat = images.as_reshaped_tensor([size])
+        except RuntimeError:  # they lie apart
+            return None
+        return None if self._device.type == "cuda" else torch.from_dlpack(flat)
 
     def _receive(self) -> None:
         """Hand the oldest batch to those who scheduled it."""

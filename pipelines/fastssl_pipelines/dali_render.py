@@ -57,6 +57,24 @@ def require_honoured(views: Sequence[View], quality: Quality) -> None:
                 )
 
 
+def empty_pipeline(batch_size: int, threads: int, device: torch.device) -> Any:
+    """A DALI pipeline without operators yet, which runs when it is told to. ValueError where DALI
+    is missing."""
+    try:
+        from nvidia.dali import Pipeline
+    except ImportError as error:
+        raise ValueError(
+            f"DALI cannot be imported ({error}): pip install 'fastssl-torch[dali]'"
+        ) from error
+    return Pipeline(
+        batch_size=batch_size,
+        num_threads=threads,
+        device_id=(device.index or 0) if device.type == "cuda" else None,
+        prefetch_queue_depth=1,
+        exec_dynamic=True,
+    )
+
+
 class DaliRender:
     """A DALI pipeline that takes decoded images and what was drawn for them, and makes `views`.
 
@@ -72,19 +90,13 @@ class DaliRender:
         threads: int,
         device: torch.device,
     ) -> None:
-        from nvidia.dali import Pipeline, fn, types
-
         require_honoured(views, quality)
         self.views, self._device = tuple(views), device
         self._inputs: list[list[str]] = []  # of each view: the arguments that its operators read
         cuda = device.type == "cuda"
-        self._pipe = Pipeline(
-            batch_size=batch_size,
-            num_threads=threads,
-            device_id=(device.index or 0) if cuda else None,
-            prefetch_queue_depth=1,
-            exec_dynamic=True,
-        )
+        self._pipe = empty_pipeline(batch_size, threads, device)
+        from nvidia.dali import fn, types
+
         with self._pipe:
             images = fn.external_source(
                 name="images",

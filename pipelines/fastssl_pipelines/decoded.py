@@ -8,13 +8,14 @@ Shapes: N batch, M data set, V views.
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future
 from contextlib import closing
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from fastssl_pipelines.augment import Images, Quality, views_of
+from fastssl_pipelines.augment import Images, Quality, draw, views_of
 from fastssl_pipelines.corrupt import QUOTA, Corrupt, CorruptDataError, OnCorrupt
 from fastssl_pipelines.encoded import SMALLEST
 from fastssl_pipelines.epochs import Epochs
@@ -23,6 +24,9 @@ from fastssl_pipelines.spec import Batch, View
 Start = TypeVar("Start")
 Item = TypeVar("Item")
 Done = TypeVar("Done")
+
+CHUNKS_PER_THREAD = 4  # a thread that is done early takes over work of a slower one
+SHRINKS = (2, 4, 8)  # what libjpeg's DCT scaling divides sides by
 
 
 def ahead(
@@ -39,6 +43,20 @@ def ahead(
             yield finish(started.popleft())
     while started:
         yield finish(started.popleft())
+
+
+def in_chunks(
+    pool: Executor, threads: int, work: Callable[[Item], Done], items: Sequence[Item]
+) -> list[Future[list[Done]]]:
+    """work(item) of each item, begun on the threads of `pool`; `results` has them in order."""
+    size = -(-len(items) // (threads * CHUNKS_PER_THREAD)) or 1
+    chunks = [items[k : k + size] for k in range(0, len(items), size)]
+    return [pool.submit(lambda chunk: [work(item) for item in chunk], chunk) for chunk in chunks]
+
+
+def results(chunks: Iterable[Future[list[Done]]]) -> list[Done]:
+    """What `in_chunks` began, when it is done."""
+    return [done for chunk in chunks for done in chunk.result()]
 
 
 class Buffer:
@@ -83,6 +101,9 @@ class DecodedPipeline(Epochs, ABC):
 
     An unreadable image is left out of its batch, which is then shorter; it is never replaced. So
     the stream depends on (seed, epoch) and the data alone.
+
+    scaled: decode a JPEG at 1/2, 1/4 or 1/8 (libjpeg's DCT scaling) where every crop of it still
+    has a pixel for each of its view's; crops are then drawn on the smaller image.
     """
 
     def __init__(
@@ -96,6 +117,7 @@ class DecodedPipeline(Epochs, ABC):
         shard: tuple[int, int] = (0, 1),
         quality: Quality = "exact",
         keep_params: bool = False,
+        scaled: bool = True,
         on_corrupt: OnCorrupt = "skip",
         quota: float = QUOTA,
     ) -> None:
@@ -108,7 +130,7 @@ class DecodedPipeline(Epochs, ABC):
             quality=quality,
             keep_params=keep_params,
         )
-        self.device = torch.device(device)
+        self.device, self.scaled = torch.device(device), scaled
         self.smallest = max([SMALLEST, *(view.patch or 1 for view in views)])  # px, of an image
         self.corrupt = Corrupt(count, on_corrupt, quota)
 
@@ -127,6 +149,22 @@ class DecodedPipeline(Epochs, ABC):
         index = index.to(self.device)
         rendered, params = views_of(images, self.views, self.seed, epoch, index, self.quality)
         return Batch(rendered, index, params if self.keep_params else None)
+
+    def _shrinks(self, index: Tensor, epoch: int, size: Tensor) -> Tensor:
+        """1, 2, 4 or 8: how much smaller each image may be decoded. index (N,), size (N, 2) ->
+        (N,)"""
+        if not self.scaled or any(view.patch for view in self.views):
+            return torch.ones_like(index)
+        shrinks = torch.tensor(SHRINKS)[:, None]
+        small = -(-size // shrinks[..., None])  # (3, N, 2)
+        covers = small.amin(2) >= max(SMALLEST, *(view.size for view in self.views))  # (3, N)
+        sizes = small[covers].unbind(1)
+        kept = torch.ones(len(sizes[0]), dtype=torch.bool)
+        for v, view in enumerate(self.views if len(kept) else ()):
+            drawn = draw(view, self.seed, epoch, index.expand(3, -1)[covers], v, *sizes)
+            kept &= torch.minimum(drawn["height"], drawn["width"]) >= view.size
+        covers[covers.clone()] = kept
+        return torch.where(covers, shrinks, 1).amax(0)
 
     @abstractmethod
     def _decoded(self, order: Tensor, epoch: int) -> Generator[tuple[Images, Tensor], None, None]:

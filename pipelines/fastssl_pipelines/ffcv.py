@@ -24,13 +24,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastssl_pipelines import randomness
-from fastssl_pipelines.augment import Images, draw
-from fastssl_pipelines.decoded import Buffer, DecodedPipeline, ahead, places
+from fastssl_pipelines.augment import Images
+from fastssl_pipelines.decoded import Buffer, DecodedPipeline, ahead, in_chunks, places, results
 from fastssl_pipelines.encoded import SMALLEST, Encoded, UnreadableError, require_side
 
 Order = Literal["random", "quasi_random"]
 WINDOW = 16  # pages that "quasi_random" shuffles together
-CHUNKS_PER_THREAD = 4
 RAW = 1  # the mode of an image stored as pixels
 
 Bytes = NDArray[np.uint8]
@@ -58,8 +57,7 @@ class FfcvPipeline(DecodedPipeline):
     order: "quasi_random" shuffles pages, and images within windows of WINDOW pages, for files that
     do not fit in memory: reading stays nearly sequential, and class-sorted files mix less.
     os_cache: read through the page cache, or (False) with reads that leave nothing behind in it.
-    scaled: decode at 1/2, 1/4 or 1/8 (libjpeg's DCT scaling) where every crop of the image still
-    covers its view; crops are then drawn on the smaller image.
+    scaled, by default True: see `DecodedPipeline`; images stored as pixels keep their size.
     """
 
     def __init__(
@@ -69,14 +67,13 @@ class FfcvPipeline(DecodedPipeline):
         threads: int | None = None,
         order: Order = "random",
         os_cache: bool = True,
-        scaled: bool = True,
         **common: Any,
     ) -> None:
         if order not in ("random", "quasi_random"):
             raise ValueError(f"order is {order!r}: choose 'random' or 'quasi_random'")
         self.beton = source if isinstance(source, Beton) else Beton(source, os_cache)
         super().__init__(len(self.beton), **common)
-        self.threads, self.scaled, self.order_kind = threads or os.cpu_count() or 1, scaled, order
+        self.threads, self.order_kind = threads or os.cpu_count() or 1, order
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="fastssl-ffcv")
 
     def _shuffled(self, epoch: int) -> Tensor:
@@ -101,51 +98,28 @@ class FfcvPipeline(DecodedPipeline):
         """Begin to decode the images at `index` (N,) into `buffer`."""
         rows = self.beton.row[index]
         size = self.beton.size[rows]  # (N, 2)
-        shrink = self._shrink(index, epoch, size)
+        shrink = self._shrinks(index, epoch, size)
         shrink[self.beton.raw[rows]] = 1
         place = places(-(-size // shrink[:, None]))
         flat = buffer.take(int(3 * place[:, 1:].prod(1).sum()))
         jobs = list(zip(rows.tolist(), shrink.tolist(), place[:, 0].tolist(), strict=True))
-        chunk = -(-len(jobs) // (self.threads * CHUNKS_PER_THREAD))
         pixels = flat.numpy()
-        chunks = [
-            self._pool.submit(self._decode, jobs[i : i + chunk], pixels)
-            for i in range(0, len(jobs), chunk)
-        ]
-        return Decoding(index, buffer, flat, place, chunks)
 
-    def _decode(self, jobs: list[tuple[int, int, int]], pixels: Bytes) -> list[str]:
-        """Decode (row, shrink, offset) into pixels; what went wrong with each, "" for nothing."""
-        return [
-            self.beton.decode(row, shrink, pixels[offset:], self.smallest)
-            for row, shrink, offset in jobs
-        ]
+        def decode(job: tuple[int, int, int]) -> str:
+            row, factor, offset = job
+            return self.beton.decode(row, factor, pixels[offset:], self.smallest)
+
+        chunks = in_chunks(self._pool, self.threads, decode, jobs)
+        return Decoding(index, buffer, flat, place, chunks)
 
     def _finish(self, batch: Decoding) -> tuple[Images, Tensor]:
         """The readable images of a batch on the device, and their indices."""
-        reasons = [reason for chunk in batch.chunks for reason in chunk.result()]
+        reasons = results(batch.chunks)
         for i, reason in zip(batch.index.tolist(), reasons, strict=True):
             if reason:
                 self.corrupt.add(self.beton.names[i], reason)
         kept = torch.tensor([not reason for reason in reasons])
         return batch.buffer.images(batch.flat, batch.place[kept]), batch.index[kept]
-
-    def _shrink(self, index: Tensor, epoch: int, size: Tensor) -> Tensor:
-        """1, 2, 4 or 8: how much smaller each image may be decoded. index (N,), size (N, 2) ->
-        (N,)"""
-        shrink = torch.ones_like(index)
-        if not self.scaled or any(view.patch for view in self.views):
-            return shrink
-        cover = torch.full(
-            index.shape, torch.inf
-        )  # px of the crop behind a px of the view, at least
-        for v, view in enumerate(self.views):
-            params = draw(view, self.seed, epoch, index, v, size[:, 0], size[:, 1])
-            crop = torch.minimum(params["height"], params["width"])
-            cover = torch.minimum(cover, crop / view.size)
-        for factor in (2, 4, 8):
-            shrink[cover >= factor] = factor
-        return shrink
 
 
 class Beton(Encoded):
