@@ -24,9 +24,10 @@ import numpy as np
 from numba.np.unsafe.ndarray import to_fixed_tuple
 
 from fastssl_pipelines import randomness
-from fastssl_pipelines.augment import draws, pixels, vectors
+from fastssl_pipelines.augment import draws, pixels, turns, vectors
 from fastssl_pipelines.augment.rebind import rebind
 from fastssl_pipelines.augment.reference import BLUR_REACH
+from fastssl_pipelines.augment.turns import take
 from fastssl_pipelines.augment.vectors import LANES, weigh_bytes, weigh_pairs, weigh_pixels
 
 RELAXED = {"contract", "reassoc", "arcp", "nsz", "nnan", "ninf"}  # lets sums and selects vectorise
@@ -42,7 +43,9 @@ def _on_disk(function: Callable[..., None]) -> Any:
     numba looks for changes in this file alone, so the cached file's name has the formulas' digest.
     Where no folder can be written, each process compiles for itself.
     """
-    formulas = (Path(str(m.__file__)).read_bytes() for m in (randomness, draws, pixels, vectors))
+    formulas = (
+        Path(str(m.__file__)).read_bytes() for m in (randomness, draws, pixels, turns, vectors)
+    )
     function.__qualname__ += "-" + hashlib.sha256(b"".join(formulas)).hexdigest()[:16]
     try:
         return numba.njit(nogil=True, error_model="numpy", cache=True)(function)
@@ -313,20 +316,25 @@ def _erase(row, size, out, view, apart, step):
                 out[view + c * apart + (y * size + x) * step] = ZERO
 
 
-def _draw_range(low, high, table, index, place, first, seed, epoch, numbers):
-    """Rows [low, high) of table (V * N, columns); index (N,), place (N, 3), numbers (V, ...)."""
-    for slot in range(low, high):
-        v, n = slot // len(index), slot % len(index)
-        height, width = np.float64(place[n, 1]), np.float64(place[n, 2])
-        draw_view(table[slot], index[n], first + v, seed, epoch, height, width, numbers[v])
+def _draw_range(taken, count, grain, table, index, place, first, seed, epoch, numbers):
+    """Rows of table (V * N, columns), `grain` at a time until `count` are taken; index (N,), place
+    (N, 3), numbers (V, ...)."""
+    low = take(taken, grain)
+    while low < count:
+        for slot in range(low, min(low + grain, count)):
+            v, n = slot // len(index), slot % len(index)
+            height, width = np.float64(place[n, 1]), np.float64(place[n, 2])
+            draw_view(table[slot], index[n], first + v, seed, epoch, height, width, numbers[v])
+        low = take(taken, grain)
 
 
 def _render_range(
-    low, high, flat, place, table, affine, colors, size, bicubic, last, numbers, out
+    taken, count, grain, flat, place, table, affine, colors, size, bicubic, last, numbers, out
 ):  # fmt: skip
-    """Views [low, high) of out (G * N * 3 * S * S) from the rows of table (G * N, columns)."""
+    """Views of out (G * N * 3 * S * S) from the rows of table (G * N, columns), `grain` at a time
+    until `count` are taken."""
     longest_y, longest_x = 1, 1
-    for slot in range(low, high):
+    for slot in range(count):
         longest_y = max(longest_y, int(table[slot, HEIGHT]))
         longest_x = max(longest_x, int(table[slot, WIDTH]))
     most_y, most_x = _most_taps(longest_y, size, bicubic), _most_taps(longest_x, size, bicubic)
@@ -355,51 +363,54 @@ def _render_range(
     )
     apart, step = (1, 3) if last else (area, 1)
     strip = max(1, STRIP // size)
-    for slot in range(low, high):
-        n = slot % len(place)
-        row = to_fixed_tuple(
-            table[slot], COUNT
-        )  # by value: nothing it says can change inside a loop
-        stride = 3 * place[n, 2]
-        corner = place[n, 0] + int(row[TOP]) * stride + 3 * int(row[LEFT])
-        width = int(row[WIDTH])
-        height, flip = int(row[HEIGHT]), row[FLIP] > 0
-        _fill_taps(height, size, bicubic, False, BYTE, first_y, count_y, weight_y, most_y)
-        most = _fill_taps(width, size, bicubic, flip, ONE, first_x, count_x, weight_x, most_x)
-        contrast = 4
-        for k in range(4):
-            if row[STEP0 + k] == 1 and not affine:
-                contrast = k
-        blurred = row[SIGMA] > 0
-        view = 3 * area * slot
-        mean = ZERO
-        for sweep in range(2 if contrast < 4 else 1):
-            for top in range(0, size, strip):
-                bottom = min(top + strip, size)
-                start, stop = top * size, bottom * size
-                if sweep == 0:
-                    for y in range(top, bottom):
-                        first, j, count = corner + first_y[y] * stride, y * most_y, count_y[y]
-                        _blend_rows(flat, first, stride, width, weight_y, j, count, line)
-                        _blend_columns(line, first_x, most, weight_x, most_x, size, color)
-                        _spread(color, y * size, size, planes)
-                    if affine:
-                        _recolor(planes, start, stop, area, to_fixed_tuple(colors[slot], 12))
+    low = take(taken, grain)
+    while low < count:
+        for slot in range(low, min(low + grain, count)):
+            n = slot % len(place)
+            row = to_fixed_tuple(
+                table[slot], COUNT
+            )  # by value: nothing it says can change inside a loop
+            stride = 3 * place[n, 2]
+            corner = place[n, 0] + int(row[TOP]) * stride + 3 * int(row[LEFT])
+            width = int(row[WIDTH])
+            height, flip = int(row[HEIGHT]), row[FLIP] > 0
+            _fill_taps(height, size, bicubic, False, BYTE, first_y, count_y, weight_y, most_y)
+            most = _fill_taps(width, size, bicubic, flip, ONE, first_x, count_x, weight_x, most_x)
+            contrast = 4
+            for k in range(4):
+                if row[STEP0 + k] == 1 and not affine:
+                    contrast = k
+            blurred = row[SIGMA] > 0
+            view = 3 * area * slot
+            mean = ZERO
+            for sweep in range(2 if contrast < 4 else 1):
+                for top in range(0, size, strip):
+                    bottom = min(top + strip, size)
+                    start, stop = top * size, bottom * size
+                    if sweep == 0:
+                        for y in range(top, bottom):
+                            first, j = corner + first_y[y] * stride, y * most_y
+                            _blend_rows(flat, first, stride, width, weight_y, j, count_y[y], line)
+                            _blend_columns(line, first_x, most, weight_x, most_x, size, color)
+                            _spread(color, y * size, size, planes)
+                        if affine:
+                            _recolor(planes, start, stop, area, to_fixed_tuple(colors[slot], 12))
+                        else:
+                            _jitter(planes, start, stop, area, 0, contrast, mean, row)
+                        if contrast < 4:
+                            mean += _luma_sum(planes, start, stop, area)
+                            continue
                     else:
-                        _jitter(planes, start, stop, area, 0, contrast, mean, row)
-                    if contrast < 4:
-                        mean += _luma_sum(planes, start, stop, area)
-                        continue
-                else:
-                    _jitter(planes, start, stop, area, contrast, 4, mean, row)
-                if blurred:
-                    _tone(planes, start, stop, area, row)
-                else:
-                    _store(planes, start, stop, size, row, normal, out, view, last)
-            mean /= np.float32(area)
-        if blurred:
-            _store_blurred(planes, size, row, normal, scratch, out, view, apart, step)
-        _erase(row, size, out, view, apart, step)
+                        _jitter(planes, start, stop, area, contrast, 4, mean, row)
+                    if blurred:
+                        _tone(planes, start, stop, area, row)
+                    else:
+                        _store(planes, start, stop, size, row, normal, out, view, last)
+                mean /= np.float32(area)
+            if blurred:
+                _store_blurred(planes, size, row, normal, scratch, out, view, apart, step)
+            _erase(row, size, out, view, apart, step)
+        low = take(taken, grain)
 
 
 draw_range = _on_disk(_draw_range)
