@@ -28,7 +28,7 @@ from fastssl_pipelines.augment import draws, pixels, turns, vectors
 from fastssl_pipelines.augment.rebind import rebind
 from fastssl_pipelines.augment.reference import BLUR_REACH
 from fastssl_pipelines.augment.turns import take
-from fastssl_pipelines.augment.vectors import LANES, weigh_bytes, weigh_pairs, weigh_pixels
+from fastssl_pipelines.augment.vectors import LANES, fetch, weigh_bytes, weigh_pairs, weigh_pixels
 
 RELAXED = {"contract", "reassoc", "arcp", "nsz", "nnan", "ninf"}  # lets sums and selects vectorise
 STRIP = 1024  # pixels, about: three planes of them are 12 KiB
@@ -102,12 +102,28 @@ def _most_taps(longest, size, bicubic):
 
 
 @fast
+def _fill_pairs(length, scale, size, flip, gain, first, count, weight, room):
+    """`_fill_taps` of a bilinear enlargement, where two neighbours make a pixel."""
+    last = np.float32(length - 1)
+    for i in range(size):
+        place = min(max((np.float32(i) + HALF) * scale - HALF, ZERO), last)
+        low = min(int(place), length - 2)
+        share = gain * (place - np.float32(low))
+        o = size - 1 - i if flip else i
+        first[o], count[o] = low, 2
+        weight[o * room], weight[o * room + 1] = gain - share, share
+    return 2
+
+
+@fast
 def _fill_taps(length, size, bicubic, flip, gain, first, count, weight, room):
     """Which of `length` pixels make each of S pixels, and how much; the most taps of any.
 
     first (S,), count (S,), weight (S * `room`): zero from `count` on.
     """
     scale = np.float32(length) / np.float32(size)
+    if scale <= ONE and not bicubic and length > 1:
+        return _fill_pairs(length, scale, size, flip, gain, first, count, weight, room)
     stretch = max(scale, ONE)  # antialias
     support = stretch * (TWO if bicubic else ONE)
     closer = ONE / stretch
@@ -389,6 +405,8 @@ def _render_range(
                     start, stop = top * size, bottom * size
                     if sweep == 0:
                         for y in range(top, bottom):
+                            for c in range(0, 3, step):
+                                fetch(out, view + c * area + y * size * step, size * step)
                             first, j = corner + first_y[y] * stride, y * most_y
                             _blend_rows(flat, first, stride, width, weight_y, j, count_y[y], line)
                             _blend_columns(line, first_x, most, weight_x, most_x, size, color)
