@@ -92,9 +92,9 @@ def diet(device: str) -> Iterator[Named]:
 
 def engines(device: str) -> Iterator[Named]:
     """load_size: what every image of the subset has, so that all engines crop the same pixels."""
-    base = replace(RECIPES["barlow-cpu"], load_size=224, label_draws=2)
+    base = replace(RECIPES["barlow-cpu"], load_size=224, epochs=15, label_draws=2)
     for engine in ("resident", "dali", "ffcv"):
-        yield f"barlow-cpu, {engine}", replace(base, engine=engine)
+        yield f"barlow-cpu, 15 epochs, {engine}", replace(base, engine=engine)
 
 
 def gpu(device: str) -> Iterator[Named]:

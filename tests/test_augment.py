@@ -2,6 +2,7 @@
 reference."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
@@ -210,6 +211,42 @@ def test_back_ends_are_the_reference(photos, small, look, back_end, quality):
     assert (got - truth).abs().mean() <= 0.25 * LEVEL
 
 
+@pytest.mark.skipif("cpu" not in BACK_ENDS, reason="no numba")
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [1, 3, 17, 33, 97])
+def test_views_of_images_of_any_size_at_the_end_of_the_memory(size, interpolation):
+    """Crops of 1, 2, 3, ... px, the last of them where the memory ends, enlarged and reduced."""
+    rng = np.random.default_rng(0)
+    shapes = [(2, 3), (3, 2), (17, 5), (2, 97), (33, 33), (5, 2), (2, 2)]
+    images = as_images([rng.integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in shapes])
+    view = replace(EVERYTHING, size=size, interpolation=interpolation, blur=0.2)
+    table = torch.cat([table_of(images, view, seed) for seed in range(20)])
+    truth, got = (BACK_ENDS[b].render(images, table, view, "exact") for b in ("reference", "cpu"))
+    near_a_jump = 0.001 if size > 3 else 0.01  # of the hue, and of solarizing
+    assert ((got - truth).abs() > LEVEL).float().mean() <= near_a_jump
+
+
+@pytest.mark.skipif("cpu" not in BACK_ENDS, reason="no numba")
+def test_a_view_does_not_depend_on_threads_or_on_who_else_renders(small):
+    """300 views of 96 px: many turns of few views; alone, two calls at once, one thread."""
+    view = replace(EVERYTHING, size=96)
+    table = torch.cat([table_of(small, view, seed) for seed in range(12)])
+    threads = torch.get_num_threads()
+
+    def render() -> Tensor:
+        return BACK_ENDS["cpu"].render(small, table, view, "exact")
+
+    try:
+        torch.set_num_threads(1)
+        alone = render().clone()
+        torch.set_num_threads(3)
+        with ThreadPoolExecutor(2) as pool:
+            at_once = [call.result() for call in [pool.submit(render) for _ in range(2)]]
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(alone, other) for other in (*at_once, render()))
+
+
 @pytest.mark.parametrize("back_end", BACK_ENDS)
 def test_dtype_and_layout_of_the_output(small, back_end):
     device = where_it_runs(back_end)
@@ -326,7 +363,7 @@ def test_one_source_for_all_compilers():
     assert import_module(MODULE)._f.turn_hue.fn.__code__ is shared
     if "cpu" in BACK_ENDS:
         assert (
-            import_module("fastssl_pipelines.augment.compiled")._p.turn_hue.py_func.__code__
+            import_module("fastssl_pipelines.augment.formulas").of_pixels.turn_hue.py_func.__code__
             is shared
         )
 

@@ -39,7 +39,7 @@ ALLOWED = {
 OWN_FILE = {
     "nvidia": {"dali.py", "dali_render.py"},
     "ffcv": {"ffcv.py", "convert.py"},
-    "numba": {"compiled.py", "vectors.py"},
+    "numba": {"compiled.py", "formulas.py", "turns.py", "vectors.py"},
     "llvmlite": {"vectors.py"},
 }  # outside the bench's path
 SOURCES = [(folder, path) for folder in ALLOWED for path in sorted((ROOT / folder).rglob("*.py"))]

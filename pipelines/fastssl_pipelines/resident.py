@@ -68,12 +68,16 @@ class ResidentPipeline(Epochs):
         return Batch(rendered, index, params if self.keep_params else None)
 
     def _on_thread(self, order: Tensor, epoch: int) -> Iterator[Batch]:
-        """The thread ends with the iterator, exhausted or dropped."""
-        with ThreadPoolExecutor(1, thread_name_prefix="fastssl-ahead") as thread:
-            pending = deque(thread.submit(self.batch, index, epoch) for index in order[:AHEAD])
+        """The threads end with the iterator, exhausted or dropped.
+
+        One for each batch ahead: while one prepares its batch in Python, another renders.
+        """
+        count = min(AHEAD, torch.get_num_threads())
+        with ThreadPoolExecutor(count, thread_name_prefix="fastssl-ahead") as threads:
+            pending = deque(threads.submit(self.batch, index, epoch) for index in order[:AHEAD])
             for index in order[AHEAD:]:
                 ready = pending.popleft().result()
-                pending.append(thread.submit(self.batch, index, epoch))
+                pending.append(threads.submit(self.batch, index, epoch))
                 yield ready
             while pending:
                 yield pending.popleft().result()

@@ -16,7 +16,6 @@ Shapes: N batch, C channels, S pixels per side, K most taps of a resampled pixel
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numba
@@ -24,63 +23,49 @@ import numpy as np
 from numba.np.unsafe.ndarray import to_fixed_tuple
 
 from fastssl_pipelines import randomness
-from fastssl_pipelines.augment import draws, pixels, vectors
-from fastssl_pipelines.augment.rebind import rebind
+from fastssl_pipelines.augment import draws, formulas, pixels, taps, turns, vectors
+from fastssl_pipelines.augment.formulas import (
+    HALF,
+    ONE,
+    TWO,
+    ZERO,
+    exact,
+    fast,
+    of_pixels,
+    of_views,
+)
 from fastssl_pipelines.augment.reference import BLUR_REACH
-from fastssl_pipelines.augment.vectors import LANES, weigh_bytes, weigh_pairs, weigh_pixels
+from fastssl_pipelines.augment.taps import fill_taps, most_taps
+from fastssl_pipelines.augment.turns import take
+from fastssl_pipelines.augment.vectors import LANES, fetch, weigh_bytes, weigh_pairs, weigh_pixels
 
-RELAXED = {"contract", "reassoc", "arcp", "nsz", "nnan", "ninf"}  # lets sums and selects vectorise
+SOURCES = (randomness, draws, pixels, formulas, taps, turns, vectors)  # of what is compiled
 STRIP = 1024  # pixels, about: three planes of them are 12 KiB
-
-exact = numba.njit(nogil=True, error_model="numpy")
-fast = numba.njit(nogil=True, error_model="numpy", fastmath=RELAXED, forceinline=True)
 
 
 def _on_disk(function: Callable[..., None]) -> Any:
     """`function`, compiled once per machine: in __pycache__, else in the user's cache folder.
 
-    numba looks for changes in this file alone, so the cached file's name has the formulas' digest.
+    numba looks for changes in this file alone: the cached file's name has the digest of the others.
     Where no folder can be written, each process compiles for itself.
     """
-    formulas = (Path(str(m.__file__)).read_bytes() for m in (randomness, draws, pixels, vectors))
-    function.__qualname__ += "-" + hashlib.sha256(b"".join(formulas)).hexdigest()[:16]
+    sources = (Path(str(m.__file__)).read_bytes() for m in SOURCES)
+    function.__qualname__ += "-" + hashlib.sha256(b"".join(sources)).hexdigest()[:16]
     try:
         return numba.njit(nogil=True, error_model="numpy", cache=True)(function)
     except RuntimeError:  # numba found no place for its cache
         return exact(function)
 
 
-@exact
-def _put(row, column, value):
-    row[column] = value
+draw_view = of_views.draw_view
+adjust, recolor, tone, finish = (
+    of_pixels.adjust,
+    of_pixels.recolor,
+    of_pixels.tone,
+    of_pixels.finish,
+)
+clamp, luma = of_pixels.clamp, of_pixels.luma
 
-
-def _single(number: float) -> Any:
-    """Floats as float32: with a Python float numba would compute in fp64."""
-    return np.float32(number) if isinstance(number, float) else number
-
-
-_DRAWS = {
-    "number": exact(lambda numbers, which: numbers[which]),
-    "put": _put,
-    "real": exact(lambda word: np.float64(word)),
-    "indicator": exact(lambda condition: 1.0 if condition else 0.0),
-    "some": exact(lambda condition: condition),
-    "sqrt": exact(lambda x: np.sqrt(x)),
-    "floor": exact(lambda x: np.floor(x)),
-    "where": exact(lambda condition, x, y: x if condition else y),
-}
-_PIXELS = {
-    "get": fast(lambda row, column: row[column]),
-    "where": fast(lambda condition, x, y: x if condition else y),
-}
-_d = SimpleNamespace(**rebind([randomness, draws], _DRAWS, exact, lambda number: number))
-_p = SimpleNamespace(**rebind([pixels], _PIXELS, fast, _single))
-draw_view = _d.draw_view
-adjust, tone, finish, clamp, luma = _p.adjust, _p.tone, _p.finish, _p.clamp, _p.luma
-recolor, triangle, cubic = _p.recolor, _p.triangle, _p.cubic
-
-ZERO, HALF, ONE, TWO = (np.float32(x) for x in (0, 0.5, 1, 2))
 BYTE = np.float32(1 / 255)
 UNIT = np.uintp(1)  # indices are unsigned where numba is to leave out Python's negative ones
 REACH = np.float32(BLUR_REACH)
@@ -90,47 +75,6 @@ TOP, LEFT, HEIGHT, WIDTH, FLIP = draws.TOP, draws.LEFT, draws.HEIGHT, draws.WIDT
 COUNT = len(draws.COLUMNS)
 ERASE_TOP, ERASE_LEFT = draws.ERASE_TOP, draws.ERASE_LEFT
 ERASE_HEIGHT, ERASE_WIDTH = draws.ERASE_HEIGHT, draws.ERASE_WIDTH
-
-
-@fast
-def _most_taps(longest, size, bicubic):
-    """K of a crop up to `longest`."""
-    return (4 if bicubic else 2) * max(1, -(-longest // size)) + 2
-
-
-@fast
-def _fill_taps(length, size, bicubic, flip, gain, first, count, weight, room):
-    """Which of `length` pixels make each of S pixels, and how much; the most taps of any.
-
-    first (S,), count (S,), weight (S * `room`): zero from `count` on.
-    """
-    scale = np.float32(length) / np.float32(size)
-    stretch = max(scale, ONE)  # antialias
-    support = stretch * (TWO if bicubic else ONE)
-    closer = ONE / stretch
-    most = 2
-    for i in range(size):
-        center = (np.float32(i) + HALF) * scale
-        low = max(0, int(np.floor(center - support + HALF)))
-        high = min(length, int(np.floor(center + support + HALF)))
-        o = size - 1 - i if flip else i
-        j = o * room
-        total = ZERO
-        for k in range(high - low):
-            distance = (np.float32(low + k) + HALF - center) * closer
-            w = cubic(distance) if bicubic else triangle(distance)
-            weight[j + k] = w
-            total += w
-        share = gain / total
-        for k in range(high - low):
-            weight[j + k] *= share
-        first[o] = low
-        count[o] = high - low
-        most = max(most, high - low)
-    for o in range(size):
-        for k in range(count[o], most):
-            weight[o * room + k] = ZERO
-    return most
 
 
 @fast
@@ -313,23 +257,28 @@ def _erase(row, size, out, view, apart, step):
                 out[view + c * apart + (y * size + x) * step] = ZERO
 
 
-def _draw_range(low, high, table, index, place, first, seed, epoch, numbers):
-    """Rows [low, high) of table (V * N, columns); index (N,), place (N, 3), numbers (V, ...)."""
-    for slot in range(low, high):
-        v, n = slot // len(index), slot % len(index)
-        height, width = np.float64(place[n, 1]), np.float64(place[n, 2])
-        draw_view(table[slot], index[n], first + v, seed, epoch, height, width, numbers[v])
+def _draw_range(taken, count, grain, table, index, place, first, seed, epoch, numbers):
+    """Rows of table (V * N, columns), `grain` at a time until `count` are taken; index (N,), place
+    (N, 3), numbers (V, ...)."""
+    low = take(taken, grain)
+    while low < count:
+        for slot in range(low, min(low + grain, count)):
+            v, n = slot // len(index), slot % len(index)
+            height, width = np.float64(place[n, 1]), np.float64(place[n, 2])
+            draw_view(table[slot], index[n], first + v, seed, epoch, height, width, numbers[v])
+        low = take(taken, grain)
 
 
 def _render_range(
-    low, high, flat, place, table, affine, colors, size, bicubic, last, numbers, out
+    taken, count, grain, flat, place, table, affine, colors, size, bicubic, last, numbers, out
 ):  # fmt: skip
-    """Views [low, high) of out (G * N * 3 * S * S) from the rows of table (G * N, columns)."""
+    """Views of out (G * N * 3 * S * S) from the rows of table (G * N, columns), `grain` at a time
+    until `count` are taken."""
     longest_y, longest_x = 1, 1
-    for slot in range(low, high):
+    for slot in range(count):
         longest_y = max(longest_y, int(table[slot, HEIGHT]))
         longest_x = max(longest_x, int(table[slot, WIDTH]))
-    most_y, most_x = _most_taps(longest_y, size, bicubic), _most_taps(longest_x, size, bicubic)
+    most_y, most_x = most_taps(longest_y, size, bicubic), most_taps(longest_x, size, bicubic)
     first_y, first_x = np.empty(size, np.int64), np.empty(size, np.int64)
     count_y, count_x = np.empty(size, np.int64), np.empty(size, np.int64)
     weight_y = np.empty(size * most_y, np.float32)
@@ -355,51 +304,55 @@ def _render_range(
     )
     apart, step = (1, 3) if last else (area, 1)
     strip = max(1, STRIP // size)
-    for slot in range(low, high):
-        n = slot % len(place)
-        row = to_fixed_tuple(
-            table[slot], COUNT
-        )  # by value: nothing it says can change inside a loop
-        stride = 3 * place[n, 2]
-        corner = place[n, 0] + int(row[TOP]) * stride + 3 * int(row[LEFT])
-        width = int(row[WIDTH])
-        height, flip = int(row[HEIGHT]), row[FLIP] > 0
-        _fill_taps(height, size, bicubic, False, BYTE, first_y, count_y, weight_y, most_y)
-        most = _fill_taps(width, size, bicubic, flip, ONE, first_x, count_x, weight_x, most_x)
-        contrast = 4
-        for k in range(4):
-            if row[STEP0 + k] == 1 and not affine:
-                contrast = k
-        blurred = row[SIGMA] > 0
-        view = 3 * area * slot
-        mean = ZERO
-        for sweep in range(2 if contrast < 4 else 1):
-            for top in range(0, size, strip):
-                bottom = min(top + strip, size)
-                start, stop = top * size, bottom * size
-                if sweep == 0:
-                    for y in range(top, bottom):
-                        first, j, count = corner + first_y[y] * stride, y * most_y, count_y[y]
-                        _blend_rows(flat, first, stride, width, weight_y, j, count, line)
-                        _blend_columns(line, first_x, most, weight_x, most_x, size, color)
-                        _spread(color, y * size, size, planes)
-                    if affine:
-                        _recolor(planes, start, stop, area, to_fixed_tuple(colors[slot], 12))
+    low = take(taken, grain)
+    while low < count:
+        for slot in range(low, min(low + grain, count)):
+            n = slot % len(place)
+            # by value: nothing it says can change inside a loop
+            row = to_fixed_tuple(table[slot], COUNT)
+            stride = 3 * place[n, 2]
+            corner = place[n, 0] + int(row[TOP]) * stride + 3 * int(row[LEFT])
+            width = int(row[WIDTH])
+            height, flip = int(row[HEIGHT]), row[FLIP] > 0
+            fill_taps(height, size, bicubic, False, BYTE, first_y, count_y, weight_y, most_y)
+            most = fill_taps(width, size, bicubic, flip, ONE, first_x, count_x, weight_x, most_x)
+            contrast = 4
+            for k in range(4):
+                if row[STEP0 + k] == 1 and not affine:
+                    contrast = k
+            blurred = row[SIGMA] > 0
+            view = 3 * area * slot
+            mean = ZERO
+            for sweep in range(2 if contrast < 4 else 1):
+                for top in range(0, size, strip):
+                    bottom = min(top + strip, size)
+                    start, stop = top * size, bottom * size
+                    if sweep == 0:
+                        for y in range(top, bottom):
+                            for c in range(0, 3, step):  # channels last is one run
+                                fetch(out, view + c * area + y * size * step, size * step)
+                            first, j = corner + first_y[y] * stride, y * most_y
+                            _blend_rows(flat, first, stride, width, weight_y, j, count_y[y], line)
+                            _blend_columns(line, first_x, most, weight_x, most_x, size, color)
+                            _spread(color, y * size, size, planes)
+                        if affine:
+                            _recolor(planes, start, stop, area, to_fixed_tuple(colors[slot], 12))
+                        else:
+                            _jitter(planes, start, stop, area, 0, contrast, mean, row)
+                        if contrast < 4:
+                            mean += _luma_sum(planes, start, stop, area)
+                            continue
                     else:
-                        _jitter(planes, start, stop, area, 0, contrast, mean, row)
-                    if contrast < 4:
-                        mean += _luma_sum(planes, start, stop, area)
-                        continue
-                else:
-                    _jitter(planes, start, stop, area, contrast, 4, mean, row)
-                if blurred:
-                    _tone(planes, start, stop, area, row)
-                else:
-                    _store(planes, start, stop, size, row, normal, out, view, last)
-            mean /= np.float32(area)
-        if blurred:
-            _store_blurred(planes, size, row, normal, scratch, out, view, apart, step)
-        _erase(row, size, out, view, apart, step)
+                        _jitter(planes, start, stop, area, contrast, 4, mean, row)
+                    if blurred:
+                        _tone(planes, start, stop, area, row)
+                    else:
+                        _store(planes, start, stop, size, row, normal, out, view, last)
+                mean /= np.float32(area)
+            if blurred:
+                _store_blurred(planes, size, row, normal, scratch, out, view, apart, step)
+            _erase(row, size, out, view, apart, step)
+        low = take(taken, grain)
 
 
 draw_range = _on_disk(_draw_range)

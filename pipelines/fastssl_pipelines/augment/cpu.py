@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from itertools import pairwise
 from threading import Lock
 from typing import Any
 
@@ -26,10 +25,12 @@ from fastssl_pipelines.spec import View
 
 BUFFERS = 8  # at most so many outputs are kept to be used again
 UNUSED = 3  # references to a buffer that no tensor holds: the deque's, the loop's, the call's
-CHUNKS_PER_THREAD = 4  # a thread that is done early takes over work of a slower one
+DRAWS = 2048  # views that one thread draws before another is worth waking
+PIXELS = 16384  # what a thread takes at a time: one that is done early takes over more
 
 _buffers: deque[np.ndarray] = deque(maxlen=BUFFERS)
 _buffers_lock = Lock()
+_calls: list[object] = []  # one entry for each call that runs now
 
 
 def draw(
@@ -40,7 +41,7 @@ def draw(
     table = torch.empty(len(views), len(index), columns)
     numbers = np.array([draws.view_numbers(view) for view in views])
     arguments = (table.view(-1, columns), index.contiguous(), place.contiguous())
-    _in_chunks(draw_range, len(views) * len(index), arguments, first, seed, int(epoch), numbers)
+    _share(draw_range, len(views) * len(index), DRAWS, arguments, first, seed, int(epoch), numbers)
     return table
 
 
@@ -53,9 +54,10 @@ def render(images: Images, table: Tensor, view: View, quality: str) -> Tensor:
     affine = quality == "affine"
     rows = table.reshape(-1, columns)
     colors = color_maps(rows) if affine else rows[:0, :12]
-    _in_chunks(
+    _share(
         render_range,
         groups * count,
+        max(1, PIXELS // size**2),
         (images.flat, images.place.contiguous(), rows),
         affine,
         colors.contiguous().numpy(),
@@ -82,20 +84,30 @@ def _empty(count: int) -> Tensor:
         return torch.from_numpy(_buffers[-1])
 
 
-def _in_chunks(kernel: Any, count: int, tensors: tuple[Tensor, ...], *arguments: Any) -> None:
-    """kernel(low, high, *tensors, *arguments) over `count` rows, on as many threads as torch
-    uses."""
-    threads = torch.get_num_threads()
-    chunks = max(1, min(count, threads * CHUNKS_PER_THREAD))
-    bounds = [count * i // chunks for i in range(chunks + 1)]
-    shared: tuple[Any, ...] = (*(tensor.numpy() for tensor in tensors), *arguments)
-    pool = _threads(os.getpid(), threads)
-    work = [pool.submit(kernel, low, high, *shared) for low, high in pairwise(bounds)]
-    for chunk in work:
-        chunk.result()
+def _share(
+    kernel: Any, count: int, grain: int, tensors: tuple[Tensor, ...], *arguments: Any
+) -> None:
+    """kernel(taken, count, grain, *tensors, *arguments) on this thread and on helpers, which take
+    `grain` of `count` rows at a time until none is left.
+
+    The calls that run at one time use as many threads as torch does, in sum: more than there are
+    cores would wait for one another.
+    """
+    taken = np.zeros(1, np.int64)
+    shared = (taken, count, grain, *(tensor.numpy() for tensor in tensors), *arguments)
+    _calls.append(kernel)
+    try:
+        threads = min(torch.get_num_threads() // len(_calls), -(-count // grain))
+        helpers = [_helpers(os.getpid()).submit(kernel, *shared) for _ in range(1, threads)]
+        kernel(*shared)
+        for helper in helpers:
+            if not helper.cancel():  # it has begun
+                helper.result()
+    finally:
+        _calls.pop()
 
 
 @cache
-def _threads(process: int, count: int) -> ThreadPoolExecutor:
+def _helpers(process: int) -> ThreadPoolExecutor:
     """One pool for this process: a forked child has not got its parent's threads."""
-    return ThreadPoolExecutor(count, thread_name_prefix="fastssl-views")
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="fastssl-views")

@@ -1,4 +1,4 @@
-"""Weighted sums of neighbouring numbers, a vector at a time: three operations for `compiled.py`.
+"""Weighted sums of neighbouring numbers, a vector at a time: operations for `compiled.py`.
 
 LLVM's loop vectoriser does not find these by itself: it sees four floats of a pixel, or one of many
 neighbours, per turn of a loop. They are written in LLVM's own vectors, which every processor has.
@@ -15,6 +15,7 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 LANES = 32  # floats made at a time, in as many registers as that takes
+LINE = 16  # floats, of most processors' caches
 
 
 def _vector(builder, lanes, array, offset):
@@ -124,6 +125,28 @@ def weigh_pairs(typing, out, o, source, i, weight, before, after, count):
             return _scale(builder, LANES, builder.load(builder.gep(weight, [t])), both)
 
         builder.store(_sum(builder, term, count), _vector(builder, LANES, out, o), align=4)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@intrinsic
+def fetch(typing, array, i, count):
+    """Have the processor bring array[i : i + count] into its cache, to be written soon."""
+    signature = types.none(array, types.intp, types.intp)
+
+    def generate(context, builder, signature, arguments):
+        array, i, count = _data(context, builder, signature, arguments)
+        byte = ir.IntType(8).as_pointer()
+        numbers = [ir.IntType(32)] * 3
+        prefetch = builder.module.declare_intrinsic(
+            "llvm.prefetch", [byte], ir.FunctionType(ir.VoidType(), [byte, *numbers])
+        )
+        write, keep, data = (ir.Constant(ir.IntType(32), n) for n in (1, 3, 1))
+        lines = builder.udiv(builder.add(count, count.type(LINE)), count.type(LINE))
+        with cgutils.for_range(builder, lines) as loop:
+            start = builder.gep(array, [builder.add(i, builder.mul(loop.index, count.type(LINE)))])
+            builder.call(prefetch, [builder.bitcast(start, byte), write, keep, data])
         return context.get_dummy_value()
 
     return signature, generate

@@ -1,0 +1,70 @@
+"""Which pixels of a crop make a pixel of the view, and how much: numba.
+
+Shapes: S pixels per side.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+# ^ numba infers the types of what it compiles
+
+import numpy as np
+
+from fastssl_pipelines.augment.formulas import HALF, ONE, TWO, ZERO, fast, of_pixels
+
+triangle, cubic = of_pixels.triangle, of_pixels.cubic
+
+
+@fast
+def most_taps(longest, size, bicubic):
+    """The most taps that a pixel of a view of a crop up to `longest` can have."""
+    return (4 if bicubic else 2) * max(1, -(-longest // size)) + 2
+
+
+@fast
+def _fill_pairs(length, scale, size, flip, gain, first, count, weight, room):
+    """`fill_taps` of a bilinear enlargement, where two neighbours make a pixel."""
+    last = np.float32(length - 1)
+    for i in range(size):
+        place = min(max((np.float32(i) + HALF) * scale - HALF, ZERO), last)
+        low = min(int(place), length - 2)
+        share = gain * (place - np.float32(low))
+        o = size - 1 - i if flip else i
+        first[o], count[o] = low, 2
+        weight[o * room], weight[o * room + 1] = gain - share, share
+    return 2
+
+
+@fast
+def fill_taps(length, size, bicubic, flip, gain, first, count, weight, room):
+    """Which of `length` pixels make each of S pixels, and how much; the most taps of any.
+
+    first (S,), count (S,), weight (S * `room`): zero from `count` on.
+    """
+    scale = np.float32(length) / np.float32(size)
+    if scale <= ONE and not bicubic and length > 1:
+        return _fill_pairs(length, scale, size, flip, gain, first, count, weight, room)
+    stretch = max(scale, ONE)  # antialias
+    support = stretch * (TWO if bicubic else ONE)
+    closer = ONE / stretch
+    most = 2
+    for i in range(size):
+        center = (np.float32(i) + HALF) * scale
+        low = max(0, int(np.floor(center - support + HALF)))
+        high = min(length, int(np.floor(center + support + HALF)))
+        o = size - 1 - i if flip else i
+        j = o * room
+        total = ZERO
+        for k in range(high - low):
+            distance = (np.float32(low + k) + HALF - center) * closer
+            w = cubic(distance) if bicubic else triangle(distance)
+            weight[j + k] = w
+            total += w
+        share = gain / total
+        for k in range(high - low):
+            weight[j + k] *= share
+        first[o] = low
+        count[o] = high - low
+        most = max(most, high - low)
+    for o in range(size):
+        for k in range(count[o], most):
+            weight[o * room + k] = ZERO
+    return most
