@@ -14,6 +14,7 @@ from typing import Any
 from bench.report import markdown, read_results
 
 Row = dict[str, Any]
+GOAL = 0.8  # of arXiv:2312.10725 on CIFAR-10, with a ResNet-18
 PROBES = ("knn_all", "linear_all", "knn_10", "linear_10")
 
 
@@ -76,9 +77,12 @@ def gain_table(rows: list[Row]) -> str:
 
 
 def time_to_table(rows: list[Row]) -> str:
-    """Seconds to the accuracy that the first case has at its end, mean over its seeds."""
+    """Seconds to a kNN accuracy of 80 %, or, where no run reaches it, to what the first case has at
+    its end, mean over its seeds."""
     cases = by_case(rows)
     target = statistics.mean(run["probes"][-1]["knn"] for run in next(iter(cases.values())))
+    if any(time_to(run["probes"], GOAL) for runs in cases.values() for run in runs):
+        target = GOAL
     head = ["", "n", "training s", "final kNN", "final linear", f"s to kNN {target:.3f}"]
     lines = []
     for case, runs in cases.items():

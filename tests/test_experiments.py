@@ -56,6 +56,9 @@ def test_times_to_the_accuracy_of_the_reference() -> None:
     assert "s to kNN 0.450" in lines[0]
     assert lines[2].endswith("| 0.450 ± 0.071 | 0.455 ± 0.078 | 10 (1 of 2 runs) |")
     assert lines[3].endswith("| 0.500 ± 0.141 | 0.505 ± 0.134 | 5 (1 of 2 runs) |")
+    better = time_to_table([*ROWS, run("c", 0, 0.7, 0.85)]).splitlines()
+    assert "s to kNN 0.800" in better[0]
+    assert better[2].endswith("| not reached |") and better[4].endswith("| 10 |")
     assert time_to(probes(0.1, 0.2, 0.3), 0.2) == 10.0
     assert time_to(probes(0.1, 0.2), 0.3) is None
 
