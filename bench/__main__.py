@@ -142,12 +142,9 @@ def timed_rows(cases: list[Case], device: str, end: float) -> Iterator[Row]:
         try:
             variants = case.build()
             case.check(variants)
-            timings = measure(variants, device, seconds=seconds, settle_s=case.settle_s)
-        except (
-            AssertionError,
-            RuntimeError,
-            ImportError,
-        ) as error:  # torch's out-of-memory is a RuntimeError
+            how = {"settle_s": case.settle_s, "graph": case.graph}
+            timings = measure(variants, device, seconds=seconds, **how)
+        except Exception as error:  # a compiler, a driver or a peer raises what it likes
             yield {
                 **head,
                 "failed": f"{type(error).__name__}: {str(error).split(chr(10))[0]}",

@@ -106,6 +106,7 @@ def _case(name: str, views: Sequence[View], device: str, peers: list[str]) -> Ca
         check=partial(_check, views, device),
         work={"images": passes, "views": passes * len(views)},
         settle_s=SETTLE_S,
+        graph=False,
     )
 
 
@@ -253,4 +254,5 @@ def _step_case(device: str) -> Case:
         build=build,
         check=lambda variants: None,  # the views are checked by the cases above
         work={"images": passes},
+        graph=False,
     )

@@ -50,6 +50,7 @@ class Case:
     )  # unit -> amount in one call ("views": 2048)
     floor_ms: float | None = None  # the roofline's, where one is known for this device
     settle_s: float = 0.0  # pause before each call, in which threads of the one before come to rest
+    graph: bool = True  # whether a CUDA graph can capture the calls: they read nothing back
 
 
 def quartiles(samples: list[float]) -> tuple[float, float, float]:
@@ -67,9 +68,10 @@ def measure(
     seconds: float = 10.0,
     min_runs: int = 20,
     settle_s: float = 0.0,
+    graph: bool = True,
 ) -> dict[str, Timing]:
     """Time every variant in turns for about `seconds`, but at least `min_runs` each; then weigh
-    each once. `settle_s` is the pause before each call.
+    each once. `settle_s` is the pause before each call; `graph` asks for replays on a GPU too.
 
     Slow variants get at least 3 runs: `min_runs` yields when one round alone takes seconds / 3.
     """
@@ -89,19 +91,20 @@ def measure(
         spent = time.perf_counter() - start
         if (spent >= seconds and rounds >= min_runs) or (spent >= 3 * seconds and rounds >= 3):
             break
-    graphs = _graph_samples(variants, min_runs) if cuda else {}
     weigh = _cuda_peak_mib if cuda else _cpu_peak_mib
+    peaks = {name: weigh(call) for name, call in variants.items()}
+    graphs = _graph_samples(variants, min_runs) if cuda and graph else {}
     result = {}
-    for name, call in variants.items():
+    for name in variants:
         low, middle, high = quartiles(samples[name])
-        graph = quartiles(graphs[name]) if name in graphs else None
+        replays = quartiles(graphs[name]) if name in graphs else None
         result[name] = Timing(
             ms=middle,
             ms_iqr=(low, high),
             n=rounds,
-            peak_mib=weigh(call),
-            graph_ms=graph[1] if graph else None,
-            graph_ms_iqr=(graph[0], graph[2]) if graph else None,
+            peak_mib=peaks[name],
+            graph_ms=replays[1] if replays else None,
+            graph_ms_iqr=(replays[0], replays[2]) if replays else None,
         )
     return result
 
@@ -125,6 +128,7 @@ def _cuda_ms(call: Call) -> float:
 def _graph_samples(variants: Mapping[str, Call], runs: int) -> dict[str, list[float]]:
     """CUDA-graph replay times of the variants that can be captured."""
     graphs = {}
+    stream = torch.cuda.current_stream()
     for name, call in variants.items():
         try:
             side = torch.cuda.Stream()
@@ -132,10 +136,11 @@ def _graph_samples(variants: Mapping[str, Call], runs: int) -> dict[str, list[fl
                 call()
             side.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 call()
             graphs[name] = graph
-        except RuntimeError:  # a sync or an allocation that a capture forbids: no graph row for it
+        except Exception:  # a sync or an upload that a capture forbids: no graph row for it
+            torch.cuda.set_stream(stream)  # a capture that fails leaves its own
             torch.cuda.synchronize()
     samples: dict[str, list[float]] = {name: [] for name in graphs}
     for _ in range(3 + runs):

@@ -48,6 +48,7 @@ def cases(device: str) -> Iterator[Case]:
             partial(_built, variants, torch.device(device)),
             lambda variants: None,  # one step, however it is fed: tests/test_train.py
             work={"steps": STEPS},
+            graph=False,
         )
 
 

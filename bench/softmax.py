@@ -72,7 +72,7 @@ def _diet(device: str, n: int, dim: int, classes: int, sweep: bool = False) -> C
         x.requires_grad_()
         variants: dict[str, Call] = {"eager": _Step(eager, x, w, y)}
         if device.startswith("cuda"):
-            variants["compile"] = _Step(torch.compile(eager), x, w, y)
+            variants["compile"] = _Step(torch.compile(eager, dynamic=False), x, w, y)
         elif not sweep and (chunked := _torch_chunked()) is not None:
             variants["torch linear_cross_entropy, chunked"] = _Step(chunked, x, w, y)
         if not sweep:
@@ -136,7 +136,7 @@ def _softmax(device: str, n: int, dim: int, classes: int) -> Case:
             options = {"label_smoothing": SMOOTHING, "save": save}
             losses[f"fastssl, save={save}"] = partial(linear_cross_entropy, **options)
         if device.startswith("cuda"):
-            losses |= {"compile": torch.compile(eager), **_gpu_peers()}
+            losses |= {"compile": torch.compile(eager, dynamic=False), **_gpu_peers()}
         elif (chunked := _torch_chunked()) is not None:
             losses["torch linear_cross_entropy, chunked"] = chunked
         return {name: partial(_gradients, loss, x, w, y) for name, loss in losses.items()}
@@ -221,7 +221,7 @@ def _pairs(
 ) -> Case:
     """Two views of n images, forward and backward; `products` of n x n x dim are unavoidable."""
     if device.startswith("cuda"):
-        losses["compile"] = torch.compile(losses["eager"])
+        losses["compile"] = torch.compile(losses["eager"], dynamic=False)
 
     def build() -> dict[str, Call]:
         generator = torch.Generator(device).manual_seed(0)

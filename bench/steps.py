@@ -61,6 +61,7 @@ def cases(device: str) -> Iterator[Case]:
             partial(_variants, replace(config, device=device), height, width),
             _check,
             work={"samples": STEPS * config.batch_size},
+            graph=False,
         )
 
 

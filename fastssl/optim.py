@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
@@ -46,7 +47,9 @@ def build_optimizer(config: Config, modules: list[nn.Module]) -> Optimizer:
     if c.optimizer == "adamw":
         return AdamW(groups, lr=c.lr, fused=True)
     if c.optimizer == "sgd":
-        return SGD(groups, lr=c.lr, momentum=c.momentum, nesterov=c.nesterov, fused=True)
+        return _from_rest(
+            SGD(groups, lr=c.lr, momentum=c.momentum, nesterov=c.nesterov, fused=True)
+        )
     from timm.optim import Lars
 
     for group, adapt in zip(groups, (True, False), strict=True):
@@ -59,6 +62,15 @@ def build_optimizer(config: Config, modules: list[nn.Module]) -> Optimizer:
         trust_coeff=c.lars_eta,
         trust_clip=c.lars_clip,
     )
+
+
+def _from_rest(optimizer: SGD) -> SGD:
+    """`optimizer` with momenta of zero, which step as none do: torch leaves those of a first step
+    that is skipped for a non-finite gradient uninitialised."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["momentum"] else ():
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def learning_rate(step: float, *, total: int, warmup: int, peak: float, final: float) -> float:

@@ -29,6 +29,7 @@ class Schedule:
         self.total = config.epochs * batches
         self._warmup = round(config.warmup_epochs * batches)
         self._config = config
+        self._probed = config.probe_epochs * batches  # steps between two probes
 
     def lr(self, at: Progress) -> float:
         """The learning rate of the step after `at`. Under a time budget the same curve runs over
@@ -38,6 +39,10 @@ class Schedule:
             step = FINE * min(1.0, at.train_s / c.time_budget_s)
             total, warmup = FINE, round(FINE * self._warmup / self.total)
         return learning_rate(step, total=total, warmup=warmup, peak=c.lr, final=c.final_lr)
+
+    def is_probed(self, at: Progress) -> bool:
+        """Whether the online probe is asked at this step."""
+        return self._probed > 0 and at.step % self._probed == 0
 
     def is_over(self, at: Progress) -> bool:
         """Whether the last step is made, the time spent, or the target accuracy reached."""

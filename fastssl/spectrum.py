@@ -197,10 +197,12 @@ class SpectrumQueue:
         """
         if self.count < 2 or (time.perf_counter() < self._due_at and not at_once):
             return {}
-        if self.rows.is_cuda:
-            torch.cuda.synchronize(self.rows.device)  # steps under way are not the report's cost
-        begin = time.perf_counter()
         rows = self.rows[: self.count]
+        if self.rows.is_cuda:
+            if not self._due_at:
+                singular_values(rows)  # loads the solver, once: not the report's cost
+            torch.cuda.synchronize(self.rows.device)  # nor are steps under way
+        begin = time.perf_counter()
         std = float(feature_std(rows))
         if not torch.isfinite(rows).all():
             return {}

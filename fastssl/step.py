@@ -102,7 +102,6 @@ class Step:
         self._graphs = config.cuda_graphs
         mode = "reduce-overhead" if config.cuda_graphs else None
         self._forward = torch.compile(self._plain, mode=mode) if config.compile else self._plain
-        self._one = torch.ones((), device=self._device)
 
     def __call__(
         self, views: Sequence[Tensor], index: Tensor, lr: float
@@ -145,7 +144,7 @@ class Step:
         device, as they do for a GradScaler; others cost a sync."""
         optimizer: Any = self._optimizer
         if self._skips_itself:
-            optimizer.found_inf, optimizer.grad_scale = bad, self._one
+            optimizer.found_inf = bad
             optimizer.step()
         elif not bad.item():
             optimizer.step()

@@ -94,14 +94,18 @@ def train(
                 at.step += 1
                 guard.add(at.step, batch.index, metrics.pop("finite"))
                 seen += len(batch.index) * len(batch.views)
+                probing = schedule.is_probed(at)
+                if probing or at.step % config.log_every == 0 or at.step == schedule.total:
+                    stall.phase("reading metrics")
+                    guard.check()  # the only sync with the device; the clock is read behind it
                 spent_s = time.perf_counter() - begin
                 at.train_s = ranks.share(earlier_s + spent_s)
-                if config.probe_epochs and at.step % (config.probe_epochs * len(pipeline)) == 0:
+                if probing:
                     stall.phase("probing")
                     at.knn = ranks.share(probe(backbone, at) if probe else 0.0)
                     begin = time.perf_counter() - spent_s
                 over = schedule.is_over(at)
-                if at.step % config.log_every == 0 or over:  # the only sync with the device
+                if at.step % config.log_every == 0 or over:
                     stall.phase("reading metrics")
                     guard.check()
                     values = {name: ranks.mean(x.item()) for name, x in metrics.items()}

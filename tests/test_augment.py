@@ -13,11 +13,19 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
-from fastssl_pipelines.augment import Images, Params, as_images, cuda, draws, reference
-from fastssl_pipelines.augment.affine import color_maps
+from fastssl_pipelines.augment import (
+    Images,
+    Params,
+    as_images,
+    cuda,
+    draws,
+    reference,
+)
+from fastssl_pipelines.augment.affine import _constants, color_maps
 from fastssl_pipelines.spec import View, view_fields
 from tests.offline import Kernel, assert_ships, compile_offline
 
@@ -355,6 +363,18 @@ def test_contrast_uses_this_views_own_mean(small):
 
 
 MODULE = "fastssl_pipelines.augment._cuda_kernels"
+
+
+@pytest.mark.parametrize("quality", ["exact", "affine"])
+def test_reference_stays_on_the_device_of_its_images(quality):
+    """Without a GPU: tensors that have a device and no numbers refuse to meet another's."""
+    _constants.cache_clear()
+    with FakeTensorMode():
+        images = torch.zeros(2, 20, 24, 3, dtype=torch.uint8, device="cuda")
+        rows = torch.zeros(2, len(draws.COLUMNS), device="cuda")
+        out = reference._render(images, rows, EVERYTHING, quality)
+    _constants.cache_clear()
+    assert out.device.type == "cuda" and out.shape == (2, 3, 32, 32)
 
 
 def test_one_source_for_all_compilers():

@@ -19,7 +19,7 @@ import fastssl
 from fastssl.cli import run
 from fastssl.signals import Interrupted, stop_signals
 
-TRIALS = int(os.environ.get("FASTSSL_TRIALS", "3"))  # of SIGKILLs; 20 take 6 minutes
+TRIALS = int(os.environ.get("FASTSSL_TRIALS", "3"))  # of SIGKILLs; 20 take 20 minutes
 SMALL = ("--epochs", "12", "--backbone", "fastnet-8", "--label-draws", "1")
 
 
@@ -102,19 +102,31 @@ def test_killed_twice_it_ends_with_the_same_weights(
     assert_killed_twice_ends_alike(tmp_path / "run", trial, undisturbed)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("engine", ["dali", "ffcv"])
-def test_killed_twice_engines_that_decode_go_on(engine: str, data: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module", params=["dali", "ffcv"])
+def on_jpegs(
+    request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[str], dict[str, torch.Tensor]]:
+    """A run with an engine that decodes as it goes: its arguments, and its weights when let be."""
+    folder = tmp_path_factory.mktemp(request.param)
     with tarfile.open(data / "imagenette-224-1000.tar") as tar:
         members = [m for m in tar if m.isfile()]
-        tar.extractall(tmp_path / "jpegs", members[::4], filter="data")
-    arguments = ["barlow-cpu", "--data", str(tmp_path / "jpegs"), "--engine", engine, *SMALL]
+        tar.extractall(folder / "jpegs", members[::4], filter="data")
+    arguments = ["barlow-cpu", "--data", str(folder / "jpegs"), "--engine", request.param, *SMALL]
     arguments += ["--batch-size", "32", "--image-size", "32", "--load-size", "32"]
     arguments += ["--projector-width", "16", "--log-every", "3"]
-    out, err = start(tmp_path / "whole", *arguments).communicate()
-    weights = tmp_path / "whole" / "backbone.safetensors"
+    out, err = start(folder / "run", *arguments).communicate()
+    weights = folder / "run" / "backbone.safetensors"
     assert weights.exists(), out + err
-    assert_killed_twice_ends_alike(tmp_path / "run", 0, load_file(weights), *arguments)
+    return arguments, load_file(weights)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trial", range(TRIALS if TRIALS > 3 else 1))
+def test_killed_twice_engines_that_decode_go_on(
+    trial: int, on_jpegs: tuple[list[str], dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    arguments, weights = on_jpegs
+    assert_killed_twice_ends_alike(tmp_path / "run", trial, weights, *arguments)
 
 
 @pytest.mark.slow

@@ -115,6 +115,26 @@ def test_what_is_not_finite_changes_no_weight(optimizer: str, where: str) -> Non
     assert not torch.equal(model.state_dict()["backbone.0.0.weight"], before["backbone.0.0.weight"])
 
 
+def test_a_skipped_first_step_leaves_momentum_at_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch makes momenta from memory that it does not write where the first step is skipped."""
+    monkeypatch.setattr(torch, "empty_like", lambda x, **_: torch.full_like(x, torch.nan))
+    config = replace(CONFIG, optimizer="sgd")
+    views, index = [torch.randn(6, 3, 8, 8) for _ in range(2)], torch.arange(6)
+    after = []
+    for skipped in (False, True):
+        torch.manual_seed(1)
+        step, model = step_of(config, BarlowTwins(16, 8, 2))
+        if skipped:
+            state = {name: x.clone() for name, x in model.state_dict().items()}
+            bad = [torch.full_like(view, torch.nan) for view in views]
+            assert not bool(step(bad, index, 0.01)[0]["finite"])
+            model.load_state_dict(state)  # batch norm's statistics: the guard's part
+        assert bool(step(views, index, 0.01)[0]["finite"])
+        after.append(model.state_dict())
+    for name, x in after[0].items():
+        assert torch.equal(x, after[1][name]), name
+
+
 def test_the_guard_names_step_and_images_and_gives_up_after_a_row() -> None:
     said: list[str] = []
     index, good, bad = torch.arange(90, 100), torch.tensor(True), torch.tensor(False)

@@ -28,7 +28,15 @@ from torch import Tensor
 
 from fastssl_pipelines.augment import Images, Params
 from fastssl_pipelines.dali_render import APPROXIMATIONS, DaliRender, empty_pipeline
-from fastssl_pipelines.decoded import Buffer, DecodedPipeline, ahead, in_chunks, places, results
+from fastssl_pipelines.decoded import (
+    Buffer,
+    DecodedPipeline,
+    ahead,
+    in_chunks,
+    places,
+    results,
+    uploaded,
+)
 from fastssl_pipelines.encoded import (
     UnreadableError,
     decode,
@@ -120,7 +128,9 @@ class DaliPipeline(DecodedPipeline):
             self._render = self._build_render()
         rendered, params = self._render.views_of(images, self.seed, epoch, index)
         on_device = tuple(Params(drawn.table.to(self.device)) for drawn in params)
-        return Batch(rendered, index.to(self.device), on_device if self.keep_params else None)
+        return Batch(
+            rendered, uploaded(index, self.device), on_device if self.keep_params else None
+        )
 
     def _decoded(self, order: Tensor, epoch: int) -> Generator[tuple[Images, Tensor], None, None]:
         buffer = Buffer(self.device)
@@ -221,8 +231,9 @@ def _lay(images: Sequence[Any], buffer: Buffer, flat: Tensor | None) -> Images:
     if flat is not None:
         return buffer.images(flat, place)
     if buffer.device.type == "cuda":
+        none = torch.empty(0, dtype=torch.uint8, device=buffer.device)
         parts = [torch.as_tensor(x).to(buffer.device).reshape(-1) for x in images]
-        return buffer.images(torch.cat(parts), place)
+        return buffer.images(torch.cat([none, *parts]), place)
     flat = buffer.take(int(3 * place[:, 1:].prod(1).sum()))
     pixels = flat.numpy()
     for x, start in zip(images, place[:, 0].tolist(), strict=True):
@@ -246,6 +257,7 @@ class _Dali:
                     device="mixed" if device.type == "cuda" else "cpu",
                     output_type=types.DALIImageType.RGB,
                     adjust_orientation=oriented,
+                    jpeg_fancy_upsampling=True,  # the GPU's chroma as the CPU's
                 )
             )
         self._pipe.build()

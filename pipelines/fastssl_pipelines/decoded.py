@@ -59,6 +59,13 @@ def results(chunks: Iterable[Future[list[Done]]]) -> list[Done]:
     return [done for chunk in chunks for done in chunk.result()]
 
 
+def uploaded(x: Tensor, device: torch.device) -> Tensor:
+    """x on `device`; a small tensor of the host goes to a GPU without the host waiting for it."""
+    if device.type == "cpu" or x.is_cuda:
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
+
+
 class Buffer:
     """Host memory for the pixels of a batch: grows to the largest, and is used again and again.
 
@@ -82,7 +89,7 @@ class Buffer:
     def images(self, flat: Tensor, place: Tensor) -> Images:
         """What was filled in, on the device. place: (N, 3) offset, height, width"""
         same = bool((place[:, 1:] == place[:1, 1:]).all())
-        images = Images(flat.to(self.device, non_blocking=True), place.to(self.device), same)
+        images = Images(uploaded(flat, self.device), uploaded(place, self.device), same)
         if self.device.type == "cuda":
             self._copied = torch.cuda.current_stream(self.device).record_event()
         return images
@@ -146,7 +153,7 @@ class DecodedPipeline(Epochs, ABC):
                 yield self._batch(images, index, epoch)
 
     def _batch(self, images: Images, index: Tensor, epoch: int) -> Batch:
-        index = index.to(self.device)
+        index = uploaded(index, self.device)
         rendered, params = views_of(images, self.views, self.seed, epoch, index, self.quality)
         return Batch(rendered, index, params if self.keep_params else None)
 

@@ -46,6 +46,7 @@ class ResidentPipeline(Epochs):
         )
         _check_patches(images, views)
         self.images = images.to(device)
+        self._side: torch.cuda.Stream | None = None  # kept: freed memory belongs to a stream
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
         """Batches `skip` to the last of epoch `epoch`, each rendered while its predecessor is in
@@ -84,7 +85,7 @@ class ResidentPipeline(Epochs):
 
     def _on_stream(self, order: Tensor, epoch: int) -> Iterator[Batch]:
         """A side stream renders the next batch while the current stream uses this one."""
-        side = torch.cuda.Stream(self.images.flat.device)
+        side = self._side = self._side or torch.cuda.Stream(self.images.flat.device)
         side.wait_stream(torch.cuda.current_stream(side.device))  # `order` comes from there
         order.record_stream(side)
         pending: deque[tuple[Batch, torch.cuda.Event]] = deque()

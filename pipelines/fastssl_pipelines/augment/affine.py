@@ -8,6 +8,7 @@ Shapes: ... any leading dimensions.
 """
 
 import math
+from functools import cache
 
 import numpy as np
 import torch
@@ -23,12 +24,11 @@ def color_maps(table: Tensor) -> Tensor:
 
     The 12 numbers are the rows of a (3, 4) matrix: red' = m[0] r + m[1] g + m[2] b + m[3].
     """
+    gray, center, *_ = constants = _constants(table.device)
     color = torch.eye(3, 4, device=table.device).expand(*table.shape[:-1], 3, 4)
     factors = table[..., draws.BRIGHTNESS : draws.HUE + 1, None, None]
     brightness, contrast, saturation, turns = factors.unbind(-3)
-    gray = torch.tensor([[pixels.RED, pixels.GREEN, pixels.BLUE]], device=table.device).expand(3, 3)
-    center = torch.tensor([0.0, 0.0, 0.0, 0.5], device=table.device)
-    rotation = _hue_rotation(turns)
+    rotation = _hue_rotation(turns, *constants[2:])
     for slot in range(draws.STEP0, draws.STEP3 + 1):
         step = table[..., slot, None, None]
         color = torch.where(
@@ -47,15 +47,21 @@ def color_maps(table: Tensor) -> Tensor:
     return color.reshape(*table.shape[:-1], 12)
 
 
-def _hue_rotation(turns: Tensor) -> Tensor:
-    """(..., 1, 1) -> (..., 3, 3): the rotation of the (I, Q) plane; HSV's hue runs against its
-    angle."""
+@cache
+def _constants(device: torch.device) -> tuple[Tensor, ...]:
+    """gray (3, 3), center (4,), and what `_hue_rotation` keeps, turns along and across, (3, 3)
+    each; on the device once and for all: no upload per batch."""
+    gray = [[pixels.RED, pixels.GREEN, pixels.BLUE]] * 3
     luma, plane, across = np.diag([1.0, 0, 0]), np.diag([0.0, 1, 1]), np.zeros((3, 3))
     across[1, 2], across[2, 1] = 1.0, -1.0
     inverse = np.linalg.inv(YIQ)
-    keep, along, over = (
-        torch.tensor(inverse @ part @ YIQ, dtype=turns.dtype, device=turns.device)
-        for part in (luma, plane, across)
-    )
+    turned = [inverse @ part @ YIQ for part in (luma, plane, across)]
+    numbers = (gray, [0.0, 0.0, 0.0, 0.5], *turned)
+    return tuple(torch.tensor(x, dtype=torch.float32, device=device) for x in numbers)
+
+
+def _hue_rotation(turns: Tensor, keep: Tensor, along: Tensor, over: Tensor) -> Tensor:
+    """(..., 1, 1) -> (..., 3, 3): the rotation of the (I, Q) plane; HSV's hue runs against its
+    angle."""
     angle = 2 * math.pi * turns
     return keep + torch.cos(angle) * along + torch.sin(angle) * over

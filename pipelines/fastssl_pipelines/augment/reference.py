@@ -122,11 +122,11 @@ def _blur(x: Tensor, row: Tensor) -> Tensor:
     to, source = torch.arange(side, device=x.device)[:, None], torch.arange(side, device=x.device)
     weight = torch.zeros(len(x), side, side, device=x.device)
     mirrors = (source, -source, 2 * (side - 1) - source)
-    counts = (torch.ones(side), source > 0, source < side - 1)
+    counts = (source >= 0, source > 0, source < side - 1)  # an edge is its own mirror image
     for mirror, counted in zip(mirrors, counts, strict=True):
         distance = (mirror - to).float()
         density = torch.exp(-0.5 * (distance / sigma.clamp(min=1e-3)).square())
-        weight = weight + torch.where((distance.abs() <= radius) & counted.bool(), density, 0.0)
+        weight = weight + torch.where((distance.abs() <= radius) & counted, density, 0.0)
     weight = weight / weight.sum(-1, keepdim=True)
     blurred = torch.einsum("nyh,nchw,nxw->ncyx", weight, x, weight)
     return torch.where(sigma[..., None] > 0, blurred, x)
