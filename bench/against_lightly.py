@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from bench.experiments import time_to
 from bench.measure import environment
+from bench.steps import resident
 from fastssl.config import Config
 from fastssl.data import Images, load_images, load_labels
 from fastssl.inputs import SPLITS, build_views, centre_features, seeded_backbone
@@ -32,7 +33,7 @@ from fastssl.objectives.objective import ProjectedObjective
 from fastssl.probe import OnlineProbe, read_probes
 from fastssl.recipes import RECIPES
 from fastssl.train import train
-from fastssl_pipelines import Batch, View, open_pipeline
+from fastssl_pipelines import Batch, View
 
 CPU = torch.device("cpu")
 
@@ -149,13 +150,7 @@ def run(name: str, config: Config, images: int, theirs: tuple[bool, bool]) -> di
     pipeline: Any = (
         LightlyPipeline(train_images, views, config)
         if theirs[0]
-        else open_pipeline(
-            *("resident", train_images),
-            views=views,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            device=CPU,
-        )
+        else resident(replace(config, device="cpu"), train_images)
     )
 
     def extract(net: torch.nn.Module) -> tuple[Tensor, Tensor]:

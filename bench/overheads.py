@@ -7,28 +7,26 @@ latter are too small to be seen as a difference of whole runs on a shared machin
 
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from bench.measure import Call, Case
+from bench.pipelines import random_images
+from bench.steps import build, resident
 from fastssl.config import Config
-from fastssl.distributed import ALONE
 from fastssl.evaluate import knn_accuracy
 from fastssl.finite import FiniteGuard
-from fastssl.inputs import build_views, centre_features, seeded_backbone
+from fastssl.inputs import centre_features
 from fastssl.log import Log
-from fastssl.objectives import build_objective
-from fastssl.optim import build_optimizer
 from fastssl.recipes import RECIPES
 from fastssl.spectrum import SpectrumQueue
 from fastssl.step import Model, Step
-from fastssl_pipelines import Batch, Pipeline, open_pipeline
+from fastssl_pipelines import Batch, Pipeline
 
 STEPS = 20  # in a call
 IMAGES = 5000
@@ -45,7 +43,7 @@ def cases(device: str) -> Iterator[Case]:
         yield Case(
             name,
             parameters,
-            partial(_built, variants, torch.device(device)),
+            partial(_built, variants, device),
             lambda variants: None,  # one step, however it is fed: tests/test_train.py
             work={"steps": STEPS},
             graph=False,
@@ -69,21 +67,11 @@ class Loop:
         metrics["loss"].item()
 
 
-def _built(variants: Callable[[Loop], dict[str, Call]], device: torch.device) -> dict[str, Call]:
-    config = RECIPES["cifar-small-barlow"]
-    images = np.random.default_rng(0).integers(0, 256, (IMAGES, 32, 32, 3), dtype=np.uint8)
-    pipeline = open_pipeline(
-        *("resident", images),
-        views=build_views(config),
-        batch_size=config.batch_size,
-        seed=0,
-        device=device,
-    )
-    backbone = seeded_backbone(config, device)
-    width: int = backbone.num_features  # type: ignore[assignment]
-    objective = build_objective(config, features=width, num_samples=IMAGES).to(device)
-    model = Model(backbone, objective).train()
-    step = Step(config, model, build_optimizer(config, [backbone, objective]), ALONE, print)
+def _built(variants: Callable[[Loop], dict[str, Call]], device: str) -> dict[str, Call]:
+    config = replace(RECIPES["cifar-small-barlow"], device=device)
+    images = random_images(IMAGES, 32, 32)
+    model, step = build(config, IMAGES)
+    pipeline = resident(config, images)
     fixed = next(pipeline.epoch(0))
     return variants(Loop(config, model, step, pipeline, torch.from_numpy(images), fixed))
 

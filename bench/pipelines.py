@@ -50,7 +50,7 @@ def cases(device: str) -> Iterator[Case]:
             yield _cpu_case(name, *setting)
 
 
-def _random_images(count: int, height: int, width: int) -> np.ndarray:
+def random_images(count: int, height: int, width: int) -> np.ndarray:
     rng = np.random.default_rng(0)
     return rng.integers(0, 256, (count, height, width, 3), dtype=np.uint8)
 
@@ -59,7 +59,7 @@ def _cpu_case(
     name: str, views: tuple[View, ...], count: int, batch: int, height: int, width: int
 ) -> Case:
     def build() -> dict[str, Call]:
-        images = _random_images(count, height, width)
+        images = random_images(count, height, width)
         variants = {}
         for peer, loader in loaders.CPU_PEERS.items():
             with contextlib.suppress(ImportError):
@@ -92,7 +92,7 @@ def _check(
     views: Sequence[View], height: int, width: int, device: str, variants: dict[str, Call]
 ) -> None:
     """The engine that will be timed renders what the reference renders, within 1/255."""
-    images = as_images(_random_images(4, height, width)).to(device)
+    images = as_images(random_images(4, height, width)).to(device)
     index = torch.arange(4, device=device)
     fast, params = views_of(images, views, 0, 0, index)
     for got, drawn, view in zip(fast, params, views, strict=True):
@@ -116,7 +116,7 @@ def _gpu_case(
     views = tuple(replace(v, dtype=torch.bfloat16, channels_last=True) for v in policy)
 
     def build() -> dict[str, Call]:
-        raw = _random_images(count, height, width)
+        raw = random_images(count, height, width)
         images = as_images(raw).to(device)
         index = torch.arange(count, device=device)
         epoch = torch.zeros((), dtype=torch.int64, device=device)
@@ -165,7 +165,7 @@ def _step_case(device: str) -> Case:
         net = net.to(device, memory_format=torch.channels_last)
         like = {"dtype": torch.bfloat16, "channels_last": True}
         views = tuple(replace(view, **like) for view in policies.simclr_cifar())
-        images = as_images(_random_images(1024, 32, 32)).to(device)
+        images = as_images(random_images(1024, 32, 32)).to(device)
         index = torch.arange(1024, device=device)
         shown = torch.cat(views_of(images, views, 0, 0, index)[0])
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bench.covariance import official_barlow
 from bench.measure import Call, Case
-from bench.pipelines import shared_torchvision
+from bench.pipelines import random_images, shared_torchvision
 from fastssl.config import Config
 from fastssl.distributed import ALONE
 from fastssl.inputs import build_views, seeded_backbone
@@ -24,7 +24,7 @@ from fastssl.objectives.objective import ProjectedObjective
 from fastssl.optim import build_optimizer
 from fastssl.recipes import RECIPES
 from fastssl.step import Model, Step
-from fastssl_pipelines import open_pipeline
+from fastssl_pipelines import Pipeline, open_pipeline
 
 STEPS = 8  # in a call
 LR = 1e-4
@@ -67,9 +67,7 @@ def cases(device: str) -> Iterator[Case]:
 
 def _variants(config: Config, height: int, width: int) -> dict[str, Call]:
     device = torch.device(config.device)
-    rng = np.random.default_rng(0)
-    shape = (STEPS * config.batch_size, height, width, 3)
-    images = rng.integers(0, 256, shape, dtype=np.uint8)
+    images = random_images(STEPS * config.batch_size, height, width)
     variants = {
         "torchvision, official loss, eager": _by_torchvision(config, images[: config.batch_size]),
         "fastssl, eager": _by_us(config, images),
@@ -81,21 +79,33 @@ def _variants(config: Config, height: int, width: int) -> dict[str, Call]:
     return variants
 
 
-def _step(config: Config, official: bool) -> Step:
+def build(config: Config, images: int, official: bool = False) -> tuple[Model, Step]:
+    """What `config` trains on so many images, and its step; `official`: with the official loss."""
     device = torch.device(config.device)
     backbone = seeded_backbone(config, device)
     width: int = backbone.num_features  # type: ignore[assignment]
     objective: Objective = (
         OfficialBarlow(width, config.projector_width, config.projector_layers)
         if official
-        else build_objective(config, features=width, num_samples=STEPS * config.batch_size)
+        else build_objective(config, features=width, num_samples=images)
     )
     model = Model(backbone, objective.to(device)).train()
-    return Step(config, model, build_optimizer(config, [backbone, objective]), ALONE, print)
+    return model, Step(config, model, build_optimizer(config, [backbone, objective]), ALONE, print)
+
+
+def resident(config: Config, images: np.ndarray) -> Pipeline:
+    """The views of `config`, of images held in memory."""
+    return open_pipeline(
+        *("resident", images),
+        views=build_views(config),
+        batch_size=config.batch_size,
+        seed=config.seed,
+        device=config.device,
+    )
 
 
 def _by_torchvision(config: Config, images: np.ndarray) -> Call:
-    step = _step(config, official=True)
+    _, step = build(config, len(images), official=True)
     render = shared_torchvision(images, build_views(config), config.device)
     index = torch.arange(len(images), device=config.device)
 
@@ -108,14 +118,8 @@ def _by_torchvision(config: Config, images: np.ndarray) -> Call:
 
 
 def _by_us(config: Config, images: np.ndarray) -> Call:
-    step = _step(config, official=False)
-    pipeline = open_pipeline(
-        *("resident", images),
-        views=build_views(config),
-        batch_size=config.batch_size,
-        seed=0,
-        device=config.device,
-    )
+    _, step = build(config, len(images))
+    pipeline = resident(config, images)
 
     def call() -> float:
         for batch in pipeline.epoch(0):

@@ -284,13 +284,14 @@ class _Dali:
     def flat(self, scheduled: list[Any]) -> Tensor | None:
         """All bytes of a collected batch, where DALI holds it on a CPU, one image behind the
         other."""
+        if self._device.type == "cuda":
+            return None
         (images,) = scheduled
         size = sum(math.prod(shape) for shape in images.shape())
         try:
-            flat = images.as_reshaped_tensor([size])
+            return torch.from_dlpack(images.as_reshaped_tensor([size]))
         except RuntimeError:  # they lie apart
             return None
-        return None if self._device.type == "cuda" else torch.from_dlpack(flat)
 
     def _receive(self) -> None:
         """Hand the oldest batch to those who scheduled it."""
