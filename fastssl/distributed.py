@@ -1,6 +1,6 @@
 """The ranks of a torchrun launch: who they are, what they agree on; no-ops for a process alone.
 
-The losses' `group=` makes statistics global (fastssl_kernels/_group.py has the contract), so that
+The losses' `group=` makes statistics global (fastssl_kernels/distributed.py has the contract), so that
 W ranks with batches of N / W take the step that one process takes with a batch of N.
 
 Shapes: N batch, F features.
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastssl.config import Config
-from fastssl_kernels._group import gather_batch, group_name
+from fastssl_kernels.distributed import gather_batch, group_name
 
 Net = TypeVar("Net", bound=nn.Module)
 TIMEOUT = timedelta(minutes=10)  # of a collective that a rank never joins

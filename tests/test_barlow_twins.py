@@ -81,8 +81,8 @@ def test_module_equals_lightly() -> None:
 @pytest.mark.slow
 def test_kernels_ship() -> None:
     """bf16 with D a multiple of 16 and not, fp32 where it is not: that takes more registers."""
-    from fastssl_kernels._barlow_twins_kernels import WARPS
     from fastssl_kernels._columns import BLOCK_D, BLOCK_N, SLOTS
+    from fastssl_kernels._triton.barlow_twins import WARPS
 
     vectors = ("mean_ptr", "rstd_ptr", "r_ptr", "scale_ptr", "coef_ptr", "grad_ptr", "loss_ptr")
     vectors += ("partial_ptr", "on_ptr", "energy_ptr")
@@ -113,7 +113,7 @@ def test_kernels_ship() -> None:
         sizes = dict.fromkeys(("N", "D"), size)
         signature = {a: (types | own | sizes)[a] for a in arguments[name].split()}
         warps = WARPS if name == "_columns_kernel" else 4
-        kernel = f"fastssl_kernels._barlow_twins_kernels:{name}"
+        kernel = f"fastssl_kernels._triton.barlow_twins:{name}"
         kernels.append(Kernel(kernel, signature, constexprs[name], cc, warps))
     for resources in compile_offline(kernels):
         assert_ships(resources, dot=False)

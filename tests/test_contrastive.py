@@ -12,14 +12,14 @@ from torch import Tensor
 from bench.measure import measure
 from fastssl_kernels import (
     NTXentLoss,
-    _similarity_kernels,
     info_nce_loss,
     info_nce_loss_reference,
     nt_xent_loss,
     nt_xent_loss_reference,
 )
 from fastssl_kernels import _similarity as similarity
-from fastssl_kernels._launch import interpreted
+from fastssl_kernels._dispatch import interpreted
+from fastssl_kernels._triton import similarity as similarity_kernels
 from tests.numerics import assert_within_budget, relative_error, value_and_grads
 from tests.offline import Kernel, assert_ships, compile_offline
 from tests.ranks import on_ranks
@@ -246,7 +246,7 @@ def test_every_tile_compiles_without_spills() -> None:
     found = []
     for cc in (80, 90, 100):
         for name, dtype in (("*bf16", torch.bfloat16), ("*fp32", torch.float32)):
-            tile = _similarity_kernels.tile(torch.empty(0, dtype=dtype))
+            tile = similarity_kernels.tile(torch.empty(0, dtype=dtype))
             sides = {k: v for k, v in tile.items() if k.startswith("BLOCK")}
             launch = {"num_warps": tile["num_warps"], "num_stages": tile["num_stages"]}
             sizes = dict.fromkeys(("N", "M", "first", "low", "high", "period"), "i32")
@@ -257,7 +257,7 @@ def test_every_tile_compiles_without_spills() -> None:
             for kind, columns in ((0, True), (0, False), (1, True), (2, True)):
                 flags = {"KIND": kind, "COLUMNS": columns, "OWN": True, "EVEN_D": True}
                 flags |= {"PRECISION": "ieee"}
-                module = "fastssl_kernels._similarity_kernels:"
+                module = "fastssl_kernels._triton.similarity:"
                 constants = {**flags, **sides}
                 found.append(Kernel(module + "_lse_kernel", lse | sizes, constants, cc, **launch))
                 sizes_stride = {**sizes, "stride": "i32"}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from bench.measure import measure
 from fastssl_kernels import DIETHead, _class_update
 from fastssl_kernels._class_update import class_statistics_updating
-from fastssl_kernels._launch import interpreted
+from fastssl_kernels._dispatch import interpreted
 from tests.numerics import relative_error
 from tests.offline import Kernel, assert_ships, compile_offline
 from tests.ranks import on_ranks

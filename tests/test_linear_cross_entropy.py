@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.measure import MIB, measure
-from fastssl_kernels import _class_softmax_kernels as kernels
 from fastssl_kernels import linear_cross_entropy, linear_cross_entropy_reference
 from fastssl_kernels._class_softmax import class_statistics, class_statistics_backward
-from fastssl_kernels._launch import interpreted
+from fastssl_kernels._dispatch import interpreted
+from fastssl_kernels._triton import class_softmax as kernels
 from tests.numerics import assert_within_budget, relative_error, value_and_grads
 from tests.offline import Kernel, assert_ships, compile_offline
 from tests.ranks import on_ranks
@@ -364,7 +364,7 @@ def configurations() -> list[Kernel]:
                 types |= {k: scalars[k] for k in "NKDC"} | {"span": "i32:16"}
                 found.append(
                     Kernel(
-                        "fastssl_kernels._class_softmax_kernels:_statistics_kernel",
+                        "fastssl_kernels._triton.class_softmax:_statistics_kernel",
                         types,
                         {**flags, "SAVE": save, **sides},
                         cc,
@@ -376,7 +376,7 @@ def configurations() -> list[Kernel]:
                 types |= {k: scalars[k] for k in ("first", "stop", "N", "D", "C")}
                 found.append(
                     Kernel(
-                        "fastssl_kernels._class_softmax_kernels:_gradient_kernel",
+                        "fastssl_kernels._triton.class_softmax:_gradient_kernel",
                         types,
                         {**flags, "SAVED": save, **sides},
                         cc,

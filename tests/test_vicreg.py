@@ -105,6 +105,6 @@ def test_kernels_ship() -> None:
         sizes = dict.fromkeys(("N", "D"), size)
         signature = {a: (types | own | sizes)[a] for a in arguments[name].split()}
         blocks = {"BLOCK_N": BLOCK_N, "BLOCK_D": BLOCK_D}
-        kernels.append(Kernel(f"fastssl_kernels._vicreg_kernels:{name}", signature, blocks, cc))
+        kernels.append(Kernel(f"fastssl_kernels._triton.vicreg:{name}", signature, blocks, cc))
     for resources in compile_offline(kernels):
         assert_ships(resources, dot=False)

@@ -16,12 +16,12 @@ from fastssl_kernels.duality import (
     vicreg_ctr_loss,
     vicreg_exp_loss,
 )
-from fastssl_kernels.gram import second_moment_energy, second_moment_energy_reference
+from fastssl_kernels.lightly import BarlowTwinsLoss, VICRegLoss
 from fastssl_kernels.linear_cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_reference,
 )
-from fastssl_kernels.modules import BarlowTwinsLoss, VICRegLoss
+from fastssl_kernels.second_moment import second_moment_energy, second_moment_energy_reference
 from fastssl_kernels.vicreg import vicreg_loss, vicreg_loss_reference
 
 __all__ = [

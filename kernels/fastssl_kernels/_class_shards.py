@@ -2,7 +2,7 @@
 
 Every rank computes the loss of the whole batch. Gradients of a shard's weights are exact; the
 gradient of a rank's own rows carries a factor of the world size, which data-parallel averaging
-divides out again (_group.py has the contract).
+divides out again (distributed.py has the contract).
 
 Shapes: n rows of this rank, N rows of all ranks, D embedding, K classes.
 """
@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastssl_kernels._class_softmax_kernels import log_sum
+from fastssl_kernels._triton.class_softmax import log_sum
 
 # torch 2.14 deprecates the old name; 2.11 has no other
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

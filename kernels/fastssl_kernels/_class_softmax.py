@@ -25,9 +25,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastssl_kernels import _class_softmax_kernels as kernels
+from fastssl_kernels._dispatch import use_triton
 from fastssl_kernels._gemm import matmul_t
-from fastssl_kernels._launch import use_triton
+from fastssl_kernels._triton import class_softmax as kernels
 
 Statistics = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 

@@ -31,9 +31,9 @@ from fastssl_kernels._class_softmax import (
     or_zeros,
     work_dtype,
 )
-from fastssl_kernels._class_softmax_kernels import dot_precision
+from fastssl_kernels._dispatch import use_triton
 from fastssl_kernels._gemm import matmul_t
-from fastssl_kernels._launch import use_triton
+from fastssl_kernels._triton.class_softmax import dot_precision
 
 STALE = (
     "DIETHead: the weight was updated after this forward, so this backward would meet other logits "

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastssl_kernels._group import sum_ranks
+from fastssl_kernels.distributed import sum_ranks
 
 BLOCK_N = 64  # rows of a kernel's tile
 BLOCK_D = 32  # columns of a kernel's tile: 64 B of bf16, two sectors

@@ -27,11 +27,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastssl_kernels import _similarity_kernels as kernels
 from fastssl_kernels._class_softmax import blocks, or_zeros, work_dtype
-from fastssl_kernels._class_softmax_kernels import two_sum
+from fastssl_kernels._dispatch import use_triton
 from fastssl_kernels._gemm import matmul_t
-from fastssl_kernels._launch import use_triton
+from fastssl_kernels._triton import similarity as kernels
+from fastssl_kernels._triton.class_softmax import two_sum
 
 KINDS = {"cosine": 0, "squared": 1, "absolute": 2}  # f
 Statistics = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]

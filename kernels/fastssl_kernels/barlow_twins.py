@@ -8,7 +8,7 @@ all (arXiv:2312.10725): with m = mean_v h_v,
 
     L = mean_v sum_i ((h_v^T m / N)_ii - 1)^2 + lambd * sum_{i != j} (m^T m / N)_ij^2
 
-The gradient. With gram.py's P_a for the sum over C_ij^2, dL/dh_a = alpha P_a + sum_b w_ab h_b in
+The gradient. With second_moment.py's P_a for the sum over C_ij^2, dL/dh_a = alpha P_a + sum_b w_ab h_b in
 each column. The standardisation's backward subtracts h_a times the column mean of dL/dh_a * h_a
 (the mean of dL/dh_a itself is 0, as the columns of every h are centred) and divides by the standard
 deviation. So everything but P_a is in one table:
@@ -28,7 +28,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastssl_kernels._barlow_twins_kernels import fused_gradient, fused_loss
+from fastssl_kernels._autograd import no_gradient, register_gradient, wants_gradient
 from fastssl_kernels._columns import (
     accumulation_dtype,
     centred,
@@ -36,11 +36,11 @@ from fastssl_kernels._columns import (
     cross_gaps,
     row_chunks,
 )
-from fastssl_kernels._gradients import no_gradient, register_gradient, wants_gradient
-from fastssl_kernels._group import gather_batch, group_name, local_rows, row_counts, sum_ranks
-from fastssl_kernels._launch import use_triton
-from fastssl_kernels._views import stack_views
-from fastssl_kernels.gram import Path, check_path, choose_path, energy_and_product
+from fastssl_kernels._dispatch import use_triton
+from fastssl_kernels._triton.barlow_twins import fused_gradient, fused_loss
+from fastssl_kernels._validation import stack_views
+from fastssl_kernels.distributed import gather_batch, group_name, local_rows, row_counts, sum_ranks
+from fastssl_kernels.second_moment import Path, check_path, choose_path, energy_and_product
 
 Pairing = Literal["pairs", "mean"]
 

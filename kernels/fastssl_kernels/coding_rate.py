@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastssl_kernels._autograd import register_scaled_gradient, wants_gradient
 from fastssl_kernels._columns import accumulation_dtype
-from fastssl_kernels._gradients import register_scaled_gradient, wants_gradient
-from fastssl_kernels._group import (
+from fastssl_kernels._validation import stack_views
+from fastssl_kernels.distributed import (
     gather_batch,
     gather_rows,
     group_name,
@@ -25,8 +26,7 @@ from fastssl_kernels._group import (
     row_counts,
     sum_ranks,
 )
-from fastssl_kernels._views import stack_views
-from fastssl_kernels.gram import Path, check_path
+from fastssl_kernels.second_moment import Path, check_path
 
 
 def coding_rate_reference(views: Tensor | Sequence[Tensor], *, eps_sq: float = 0.2) -> Tensor:

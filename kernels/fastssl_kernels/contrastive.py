@@ -28,9 +28,9 @@ from fastssl_kernels._class_shards import (
     times_world,
 )
 from fastssl_kernels._class_softmax import work_dtype
-from fastssl_kernels._group import group_name
 from fastssl_kernels._similarity import KINDS, self_similarity_lse, similarity_lse
-from fastssl_kernels._views import stack_views
+from fastssl_kernels._validation import stack_views
+from fastssl_kernels.distributed import group_name
 from fastssl_kernels.linear_cross_entropy import cast_for_product
 
 

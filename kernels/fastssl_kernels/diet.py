@@ -23,7 +23,7 @@ from fastssl_kernels._class_shards import (
 )
 from fastssl_kernels._class_softmax import class_statistics
 from fastssl_kernels._class_update import class_statistics_updating
-from fastssl_kernels._group import group_name
+from fastssl_kernels.distributed import group_name
 from fastssl_kernels.linear_cross_entropy import (
     cast_for_product,
     keeps_exponentials,

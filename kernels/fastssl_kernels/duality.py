@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from fastssl_kernels._columns import accumulation_dtype
-from fastssl_kernels._group import gather_batch, group_name, local_rows
-from fastssl_kernels._views import stack_views
-from fastssl_kernels.gram import Path, second_moment_energy
+from fastssl_kernels._validation import stack_views
+from fastssl_kernels.distributed import gather_batch, group_name, local_rows
+from fastssl_kernels.second_moment import Path, second_moment_energy
 from fastssl_kernels.vicreg import invariance, variance
 
 

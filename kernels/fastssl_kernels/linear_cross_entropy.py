@@ -20,7 +20,7 @@ from torch import Tensor
 from fastssl_kernels._checks import checked
 from fastssl_kernels._class_shards import Shard, combine_lse, gather, gather_inputs
 from fastssl_kernels._class_softmax import class_statistics
-from fastssl_kernels._group import group_name
+from fastssl_kernels.distributed import group_name
 
 # Bytes of exponentials that save="auto" may keep, by device type.
 SAVE_BUDGET = {"cpu": 64 * 2**20, "cuda": 8 * 2**30}

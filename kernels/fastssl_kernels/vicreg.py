@@ -6,7 +6,7 @@
 
 var and cov are unbiased. V > 2 views: mean over pairs, mean over views, 2 / V times the sum.
 
-The gradient. With gram.py's P_a = x_a x_a^T x_a / (N - 1) of the centred view x_a, per column:
+The gradient. With second_moment.py's P_a = x_a x_a^T x_a / (N - 1) of the centred view x_a, per column:
 
     dL/dz_a = alpha P_a + own_a (z_a - mean_a) + pull (z_a - mean_v z_v)
 
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastssl_kernels._autograd import no_gradient, register_gradient, wants_gradient
 from fastssl_kernels._columns import (
     accumulation_dtype,
     centred,
@@ -31,12 +32,11 @@ from fastssl_kernels._columns import (
     cross_gaps,
     row_chunks,
 )
-from fastssl_kernels._gradients import no_gradient, register_gradient, wants_gradient
-from fastssl_kernels._group import gather_batch, group_name, local_rows, row_counts, sum_ranks
-from fastssl_kernels._launch import use_triton
-from fastssl_kernels._vicreg_kernels import Weights, fused_gradient, fused_loss, operand_dtype
-from fastssl_kernels._views import stack_views
-from fastssl_kernels.gram import Path, check_path, choose_path, energy_and_product
+from fastssl_kernels._dispatch import use_triton
+from fastssl_kernels._triton.vicreg import Weights, fused_gradient, fused_loss, operand_dtype
+from fastssl_kernels._validation import stack_views
+from fastssl_kernels.distributed import gather_batch, group_name, local_rows, row_counts, sum_ranks
+from fastssl_kernels.second_moment import Path, check_path, choose_path, energy_and_product
 
 
 def vicreg_loss_reference(

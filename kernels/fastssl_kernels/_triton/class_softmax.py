@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastssl_kernels._launch import architecture
+from fastssl_kernels._dispatch import architecture
 
 PROGRAMS = 1056  # eight rounds on an H200's 132 multiprocessors, one program on each at a time
 LOG2E = tl.constexpr(1.4426950408889634)

@@ -27,9 +27,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastssl_kernels._autograd import register_scaled_gradient, wants_gradient
 from fastssl_kernels._columns import accumulation_dtype, column_dots, cross_dots
-from fastssl_kernels._gradients import register_scaled_gradient, wants_gradient
-from fastssl_kernels._group import (
+from fastssl_kernels._dispatch import architecture
+from fastssl_kernels._validation import stack_views
+from fastssl_kernels.distributed import (
     gather_batch,
     gather_rows,
     group_name,
@@ -37,8 +39,6 @@ from fastssl_kernels._group import (
     row_counts,
     sum_ranks,
 )
-from fastssl_kernels._launch import architecture
-from fastssl_kernels._views import stack_views
 
 Path = Literal["auto", "gram", "direct", "eager"]
 ENTRIES = 2048  # entries of a Gram matrix that one program reduces

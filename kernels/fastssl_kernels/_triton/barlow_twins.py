@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastssl_kernels._autograd import no_gradient
 from fastssl_kernels._columns import (
     BLOCK_D,
     BLOCK_N,
@@ -23,8 +24,7 @@ from fastssl_kernels._columns import (
     slot_sum,
     weighted_total,
 )
-from fastssl_kernels._gradients import no_gradient
-from fastssl_kernels.gram import choose_path, fused_energy_and_product
+from fastssl_kernels.second_moment import choose_path, fused_energy_and_product
 
 WARPS = 8  # of `_columns_kernel`, which with 4 spills on sm_100 where D is not a multiple of 16
 

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastssl_kernels._class_softmax_kernels import LOG2E, dot_precision, logits_tile
+from fastssl_kernels._triton.class_softmax import LOG2E, dot_precision, logits_tile
 
 SIDES = (4096, 4096)  # 32 MiB of H in two bytes
 

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastssl_kernels._autograd import no_gradient
 from fastssl_kernels._columns import (
     BLOCK_D,
     BLOCK_N,
@@ -22,8 +23,7 @@ from fastssl_kernels._columns import (
     load_tile,
     weighted_total,
 )
-from fastssl_kernels._gradients import no_gradient
-from fastssl_kernels.gram import fused_energy_and_product
+from fastssl_kernels.second_moment import fused_energy_and_product
 
 
 class Weights(NamedTuple):

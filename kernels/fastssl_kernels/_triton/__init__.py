@@ -1,0 +1,1 @@
+"""Every Triton kernel of the package, and its launches: the only importer of triton."""
