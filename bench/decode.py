@@ -25,8 +25,8 @@ from bench.measure import Call, Case
 from bench.pipelines import SETTLE_S
 from fastssl_pipelines import View, open_pipeline, policies, spec
 from fastssl_pipelines.augment import as_images, views_of
-from fastssl_pipelines.decoded import ahead
-from fastssl_pipelines.encoded import decode
+from fastssl_pipelines.engines.streaming import ahead
+from fastssl_pipelines.sources.image_files import decode
 
 BATCH = 32
 SYNTHETIC = (375, 500)  # height, width: the median of ImageNet
@@ -81,7 +81,7 @@ def _files() -> tuple[Path, ...]:
 @cache
 def _beton() -> Path:
     """The same JPEGs, byte for byte."""
-    from fastssl_pipelines.convert import convert
+    from fastssl_pipelines.sources.convert import convert
 
     return convert(list(_files()), _folder() / "images.beton").target
 
@@ -167,7 +167,7 @@ def _torchvision(views: Sequence[View], device: str) -> Call:
 
 def _bare_dali(views: Sequence[View], device: str) -> Call:
     """DALI decodes bytes held in memory, one batch ahead within the pass: no views, no copy."""
-    from fastssl_pipelines.dali import _Dali
+    from fastssl_pipelines.engines.dali import _Dali
 
     try:
         decoder = _Dali(BATCH, os.cpu_count() or 1, torch.device(device), oriented=False)
@@ -187,7 +187,7 @@ def _bare_dali(views: Sequence[View], device: str) -> Call:
 
 def _ffcv_alone(views: Sequence[View], device: str) -> Call:
     """FFCV's loader with its RandomResizedCrop decoder, once per view; uint8, nothing else."""
-    from fastssl_pipelines.ffcv import importing_ffcv
+    from fastssl_pipelines.engines.ffcv import importing_ffcv
 
     try:
         with importing_ffcv():

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fastssl_pipelines import View
-from fastssl_pipelines.decoded import ahead
+from fastssl_pipelines.engines.streaming import ahead
 
 Call = Callable[[], Any]
 WORKERS = 2

@@ -18,10 +18,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastssl_pipelines.convert import convert
-from fastssl_pipelines.corrupt import Corrupt, OnCorrupt
-from fastssl_pipelines.encoded import SUFFIXES, Encoded, UnreadableError, decode, open_encoded
-from fastssl_pipelines.ffcv import Beton, beton_labels
+from fastssl_pipelines.engines.ffcv import Beton, beton_labels
+from fastssl_pipelines.sources.convert import convert
+from fastssl_pipelines.sources.image_files import (
+    SUFFIXES,
+    Encoded,
+    UnreadableError,
+    decode,
+    open_encoded,
+)
+from fastssl_pipelines.sources.unreadable import Corrupt, OnCorrupt
 
 Split = Literal["train", "test"]
 Images = NDArray[np.uint8]

@@ -1,7 +1,7 @@
 """The ranks of a torchrun launch: who they are, what they agree on; no-ops for a process alone.
 
-The losses' `group=` makes statistics global (fastssl_kernels/distributed.py has the contract), so that
-W ranks with batches of N / W take the step that one process takes with a batch of N.
+The losses' `group=` makes statistics global (fastssl_kernels/distributed.py has the contract), so
+that W ranks with batches of N / W take the step that one process takes with a batch of N.
 
 Shapes: N batch, F features.
 """

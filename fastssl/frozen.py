@@ -16,7 +16,7 @@ from fastssl.config import Config, read_config
 from fastssl.data import Images
 from fastssl.inputs import build_views, centre_features, choose_device, seeded_backbone
 from fastssl_pipelines import View
-from fastssl_pipelines.resident import ResidentPipeline
+from fastssl_pipelines.engines.resident import ResidentPipeline
 
 EPOCH = 2**32 - 1  # of the views drawn here; no training reaches it
 VIEWS_AT_ONCE = 512

@@ -27,7 +27,7 @@ from fastssl.distributed import ALONE, Ranks
 from fastssl.evaluate import extract_features
 from fastssl.state import device_of
 from fastssl_pipelines import Pipeline, View, choose_engine, open_pipeline, policies
-from fastssl_pipelines.decoded import DecodedPipeline
+from fastssl_pipelines.engines.streaming import DecodedPipeline
 
 SPLITS: tuple[Split, Split] = ("train", "test")
 

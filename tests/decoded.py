@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastssl_pipelines.augment import Images, as_images
-from fastssl_pipelines.encoded import Encoded, decode, plain_jpeg
+from fastssl_pipelines.sources.image_files import Encoded, decode, plain_jpeg
 
 
 def planned(pipeline: Any, encoded: Encoded, index: Tensor, epoch: int) -> tuple[Images, list[int]]:

@@ -17,15 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
-from fastssl_pipelines.augment import (
-    Images,
-    Params,
-    as_images,
-    cuda,
-    draws,
-    reference,
-)
-from fastssl_pipelines.augment.affine import _constants, color_maps
+from fastssl_pipelines.augment import Images, Params, as_images, cuda, reference, sample_params
+from fastssl_pipelines.augment.color_matrix import _constants, color_maps
 from fastssl_pipelines.spec import View, view_fields
 from tests.offline import Kernel, assert_ships, compile_offline
 
@@ -84,7 +77,7 @@ def show(
 
 def torchvision_view(image: Tensor, row: Params, view: View) -> Tensor:
     """One sample by torchvision's float functionals with the given parameters. -> (3, S, S)"""
-    p = {name: float(row[name]) for name in draws.COLUMNS}
+    p = {name: float(row[name]) for name in sample_params.COLUMNS}
     x = image.permute(2, 0, 1).float() / 255
     box = (int(p[k]) for k in ("top", "left", "height", "width"))
     mode = v2.InterpolationMode(view.interpolation)
@@ -173,7 +166,7 @@ def test_resize_is_pillows(photos, interpolation, size):
 def test_blur_is_torchvisions(small, sigma):
     view = replace(EVERYTHING, jitter_p=0.0, gray=0.0, solarize=0.0, erase=0.0)
     table = table_of(small, view)
-    table[..., draws.SIGMA] = sigma
+    table[..., sample_params.SIGMA] = sigma
     error = (show(small, table, view) - by_torchvision(small, table, view)).square().mean()
     assert -10 * torch.log10(error) >= 45  # dB
 
@@ -183,12 +176,12 @@ def test_blur_wider_than_the_view_is_a_blur():
     images = as_images(torch.randint(0, 256, (4, 9, 9, 3), dtype=torch.uint8))
     view = replace(EVERYTHING, size=4, jitter_p=0.0, gray=0.0, solarize=0.0, erase=0.0)
     table = table_of(images, view)
-    table[..., draws.SIGMA] = 50.0
+    table[..., sample_params.SIGMA] = 50.0
     flat = show(images, table, view)
-    table[..., draws.SIGMA] = 0.0
+    table[..., sample_params.SIGMA] = 0.0
     assert flat.std((2, 3)).max() < 0.25 * show(images, table, view).std((2, 3)).max()
     for back_end in BACK_ENDS:
-        table[..., draws.SIGMA] = 50.0
+        table[..., sample_params.SIGMA] = 50.0
         assert (show(images, table, view, back_end) - flat).abs().max() <= LEVEL
 
 
@@ -333,7 +326,7 @@ def test_affine_is_close_to_exact_for_gentle_jitter(small):
     view = replace(EVERYTHING, jitter=(0.1, 0.0, 0.1, 0.03), jitter_p=1.0, blur=0.0, solarize=0.0)
     table = table_of(small, view)
     still = table.clone()
-    still[..., draws.STEP0 : draws.STEP3 + 1] = -1
+    still[..., sample_params.STEP0 : sample_params.STEP3 + 1] = -1
     exact, affine, none = (
         show(small, table, view),
         show(small, table, view, quality="affine"),
@@ -343,9 +336,9 @@ def test_affine_is_close_to_exact_for_gentle_jitter(small):
 
 
 def test_affine_map_turns_hue_the_right_way():
-    table = torch.zeros(1, len(draws.COLUMNS))
-    table[:, draws.STEP0 : draws.STEP3 + 1] = torch.tensor([3.0, -1, -1, -1])
-    table[:, draws.HUE] = 1 / 3
+    table = torch.zeros(1, len(sample_params.COLUMNS))
+    table[:, sample_params.STEP0 : sample_params.STEP3 + 1] = torch.tensor([3.0, -1, -1, -1])
+    table[:, sample_params.HUE] = 1 / 3
     red = color_maps(table).view(3, 4)[:, 0]
     assert red.argmax() == 1  # a third of a turn takes red to green
 
@@ -354,15 +347,15 @@ def test_contrast_uses_this_views_own_mean(small):
     """A fault that takes the batch's mean, or the image's, would pass for one image only."""
     view = replace(EVERYTHING, jitter_p=0.0, gray=0.0, blur=0.0, solarize=0.0, erase=0.0)
     table = table_of(small, view)
-    table[..., draws.STEP0] = 1
-    table[..., draws.CONTRAST] = 0.0
+    table[..., sample_params.STEP0] = 1
+    table[..., sample_params.CONTRAST] = 0.0
     for back_end in BACK_ENDS:
         flat = show(small, table, view, back_end)
         assert flat.std((1, 2, 3)).max() < LEVEL
         assert flat.mean((1, 2, 3)).std() > 10 * LEVEL
 
 
-MODULE = "fastssl_pipelines.augment._cuda_kernels"
+MODULE = "fastssl_pipelines.augment.cuda.kernels"
 
 
 @pytest.mark.parametrize("quality", ["exact", "affine"])
@@ -371,19 +364,21 @@ def test_reference_stays_on_the_device_of_its_images(quality):
     _constants.cache_clear()
     with FakeTensorMode():
         images = torch.zeros(2, 20, 24, 3, dtype=torch.uint8, device="cuda")
-        rows = torch.zeros(2, len(draws.COLUMNS), device="cuda")
+        rows = torch.zeros(2, len(sample_params.COLUMNS), device="cuda")
         out = reference._render(images, rows, EVERYTHING, quality)
     _constants.cache_clear()
     assert out.device.type == "cuda" and out.shape == (2, 3, 32, 32)
 
 
 def test_one_source_for_all_compilers():
-    """Formulas are compiled from draws.py and pixels.py: a faulty one shows in every back end."""
+    """Formulas are compiled from sample_params.py and pixel_ops.py: a faulty one shows in every back end."""
     shared = reference.pixels.turn_hue.__code__
     assert import_module(MODULE)._f.turn_hue.fn.__code__ is shared
     if "cpu" in BACK_ENDS:
         assert (
-            import_module("fastssl_pipelines.augment.formulas").of_pixels.turn_hue.py_func.__code__
+            import_module(
+                "fastssl_pipelines.augment.cpu.numba_ops"
+            ).of_pixels.turn_hue.py_func.__code__
             is shared
         )
 
@@ -409,7 +404,7 @@ POINTERS = {
     "numbers_ptr": "*fp64",
     "out_ptr": "*bf16",
 }
-COLUMNS = len(draws.COLUMNS)
+COLUMNS = len(sample_params.COLUMNS)
 
 
 def render_kernels(cc: int) -> list[Kernel]:
@@ -445,7 +440,7 @@ def render_kernels(cc: int) -> list[Kernel]:
 def draw_kernel(cc: int) -> Kernel:
     signature = {"table_ptr": "*fp32", "index_ptr": "*i64", "place_ptr": "*i64"}
     signature |= {"numbers_ptr": "*fp64", "key_ptr": "*i64", "first": "i32", "N": "i32"}
-    numbers = len(draws.view_numbers(EVERYTHING))
+    numbers = len(sample_params.view_numbers(EVERYTHING))
     sizes = {"COLUMNS": COLUMNS, "NUMBERS": numbers, "BLOCK": cuda.DRAW_BLOCK}
     return Kernel(f"{MODULE}:_draw_kernel", signature, sizes, cc)
 

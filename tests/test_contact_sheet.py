@@ -7,7 +7,7 @@ from PIL import Image
 from fastssl.contact_sheet import _describe, draw_contact_sheet
 from fastssl_pipelines import View, policies
 from fastssl_pipelines.augment import Params
-from fastssl_pipelines.augment.draws import COLUMNS
+from fastssl_pipelines.augment.sample_params import COLUMNS
 
 
 def test_contact_sheet_shows_sources_and_views(tmp_path):

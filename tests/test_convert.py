@@ -11,11 +11,11 @@ import pytest
 from PIL import Image, ImageOps
 
 from fastssl.cli import run
-from fastssl_pipelines import convert as module
-from fastssl_pipelines.convert import convert
-from fastssl_pipelines.corrupt import CorruptDataError
-from fastssl_pipelines.encoded import decode, open_encoded
-from fastssl_pipelines.ffcv import Beton
+from fastssl_pipelines.engines.ffcv import Beton
+from fastssl_pipelines.sources import convert as module
+from fastssl_pipelines.sources.convert import convert
+from fastssl_pipelines.sources.image_files import decode, open_encoded
+from fastssl_pipelines.sources.unreadable import CorruptDataError
 from tests.libraries import needs
 
 pytestmark = needs("ffcv")

@@ -16,10 +16,10 @@ from PIL import Image
 from fastssl.data import load_images
 from fastssl_pipelines import Pipeline, View, open_pipeline
 from fastssl_pipelines.augment import as_images, views_of
-from fastssl_pipelines.convert import convert
-from fastssl_pipelines.corrupt import Corrupt, CorruptDataError
-from fastssl_pipelines.doctor import diagnose
-from fastssl_pipelines.encoded import UnreadableError, decode, open_encoded, plain_jpeg
+from fastssl_pipelines.sources.convert import convert
+from fastssl_pipelines.sources.doctor import diagnose
+from fastssl_pipelines.sources.image_files import UnreadableError, decode, open_encoded, plain_jpeg
+from fastssl_pipelines.sources.unreadable import Corrupt, CorruptDataError
 from tests.decoded import planned
 from tests.libraries import needs
 

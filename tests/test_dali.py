@@ -13,7 +13,7 @@ from PIL import Image
 
 from fastssl_pipelines import Pipeline, View, open_pipeline
 from fastssl_pipelines.augment import views_of
-from fastssl_pipelines.encoded import decode, open_encoded, plain_jpeg
+from fastssl_pipelines.sources.image_files import decode, open_encoded, plain_jpeg
 from tests.decoded import planned
 from tests.libraries import needs
 
@@ -109,7 +109,7 @@ def test_pixels_that_lie_apart_are_gathered(data: Path, monkeypatch: pytest.Monk
     """What DALI does not hold in one piece gives the same views."""
     files = sorted((data / "imagenet-samples").iterdir(), key=lambda f: f.stat().st_size)[:16]
     one_piece = list(opened(files, scaled=False).epoch(0))
-    monkeypatch.setattr("fastssl_pipelines.dali._Dali.flat", lambda self, scheduled: None)
+    monkeypatch.setattr("fastssl_pipelines.engines.dali._Dali.flat", lambda self, scheduled: None)
     for a, b in zip(one_piece, opened(files, scaled=False).epoch(0), strict=True):
         assert torch.equal(a.views[1], b.views[1])
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fastssl_pipelines import Pipeline, View, open_pipeline, policies
 from fastssl_pipelines.augment import Images, Params, as_images, draw, render
-from fastssl_pipelines.dali_render import HONOURED, DaliRender, require_honoured
-from fastssl_pipelines.encoded import decode
+from fastssl_pipelines.engines.dali_operators import HONOURED, DaliRender, require_honoured
+from fastssl_pipelines.sources.image_files import decode
 from fastssl_pipelines.spec import view_fields
 from tests.libraries import needs
 
@@ -170,7 +170,7 @@ def test_dtype_and_layout(images: Images) -> None:
 
 
 def test_an_image_is_decoded_once(files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastssl_pipelines import dali
+    from fastssl_pipelines.engines import dali
 
     counts: list[int] = []
     schedule = dali._Dali.schedule
@@ -226,7 +226,7 @@ def test_what_dali_cannot_do_is_refused(files: list[Path]) -> None:
 
 
 def test_every_field_is_honoured_or_refused() -> None:
-    """A new field is refused until `dali_render.py` has an operator for it."""
+    """A new field is refused until `dali_operators.py` has an operator for it."""
     assert set(view_fields()) >= HONOURED
 
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from fastssl.data import load_images, load_labels, require_memory
-from fastssl_pipelines.convert import convert
+from fastssl_pipelines.sources.convert import convert
 from tests.libraries import needs
 
 ARGS = {"size": 16, "holdout": 0.2}

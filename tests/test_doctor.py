@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from fastssl.cli import run
-from fastssl_pipelines.convert import convert
-from fastssl_pipelines.doctor import diagnose
+from fastssl_pipelines.sources.convert import convert
+from fastssl_pipelines.sources.doctor import diagnose
 from tests.libraries import needs
 
 pytestmark = needs("ffcv")

@@ -17,8 +17,8 @@ import torch
 from fastssl.config import Config, config_from_json, config_to_json
 from fastssl_pipelines import Pipeline, View, choose_engine, open_pipeline, policies
 from fastssl_pipelines.augment import as_images, draw, views_of
-from fastssl_pipelines.convert import convert
-from fastssl_pipelines.encoded import decode, open_encoded
+from fastssl_pipelines.sources.convert import convert
+from fastssl_pipelines.sources.image_files import decode, open_encoded
 from tests.decoded import planned
 from tests.libraries import needs
 
@@ -151,7 +151,7 @@ def test_views_are_those_of_the_fused_render(
 def test_an_image_is_decoded_once_for_all_views(
     opened: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastssl_pipelines import dali, ffcv
+    from fastssl_pipelines.engines import dali, ffcv
 
     counts = {"n": 0}
     schedule, by_pillow, decode_row = dali._Dali.schedule, dali.decode, ffcv.Beton.decode
@@ -261,10 +261,10 @@ def resident_mib() -> float:
 
 def test_class_sorted_data_mixes(tmp_path: Path) -> None:
     """Chi-square of the classes in each batch of one epoch, over the order that all engines use."""
-    from fastssl_pipelines import randomness
+    from fastssl_pipelines import rng
 
     classes, per_class, batch = 20, 500, 250
-    order = randomness.permutation(classes * per_class, 0, 0)
+    order = rng.permutation(classes * per_class, 0, 0)
     counts = (
         torch.nn.functional.one_hot(order // per_class, classes).view(-1, batch, classes).sum(1)
     )

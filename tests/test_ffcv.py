@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from fastssl_pipelines import View, open_pipeline
-from fastssl_pipelines.convert import convert
-from fastssl_pipelines.corrupt import CorruptDataError
-from fastssl_pipelines.ffcv import Beton, FfcvPipeline, importing_ffcv
+from fastssl_pipelines.engines.ffcv import Beton, FfcvPipeline, importing_ffcv
+from fastssl_pipelines.sources.convert import convert
+from fastssl_pipelines.sources.unreadable import CorruptDataError
 from tests.libraries import needs
 
 pytestmark = needs("ffcv")
@@ -156,7 +156,7 @@ def test_quasi_random_order_stays_in_windows_of_pages(
     pixels = np.random.default_rng(0).integers(0, 256, (64, 300, 300, 3), dtype=np.uint8)
     path = tmp_path / "pages.beton"
     write(path, list(pixels), write_mode="raw")
-    monkeypatch.setattr("fastssl_pipelines.ffcv.WINDOW", 2)
+    monkeypatch.setattr("fastssl_pipelines.engines.ffcv.WINDOW", 2)
     pipeline = opened(path, order="quasi_random", batch_size=4)
     page = pipeline.beton.page[pipeline.beton.row]
     assert int(page.max()) >= 9

@@ -20,7 +20,7 @@ from fastssl.protocols import PROTOCOLS, evaluate_protocol
 from fastssl.protocols import _average as average
 from fastssl.protocols import _network as network_of
 from fastssl.recipes import RECIPES
-from fastssl_pipelines.resident import ResidentPipeline
+from fastssl_pipelines.engines.resident import ResidentPipeline
 
 QUICK = replace(
     RECIPES["digits-barlow"],

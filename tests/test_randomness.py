@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastssl_pipelines import randomness
+from fastssl_pipelines import rng
 
 stats = pytest.importorskip("scipy.stats")
 
@@ -31,31 +31,31 @@ def words(*values: int) -> list[torch.Tensor]:
 def test_philox_known_answers(counter, key, expected):
     low, high, view, draw = counter
     signed = high - (1 << 32) if high >> 31 else high
-    got = randomness.philox(*words(low | (signed << 32), view, draw), *key)
+    got = rng.philox(*words(low | (signed << 32), view, draw), *key)
     assert tuple(int(word) for word in got) == expected
 
 
 def test_every_argument_matters():
     base = {"index": 7, "view": 1, "draw": 2, "seed": 3, "epoch": 4}
-    seen = {tuple(int(w) for w in randomness.philox(*words(*base.values())))}
+    seen = {tuple(int(w) for w in rng.philox(*words(*base.values())))}
     for name in base:
         changed = base | {name: base[name] + 1}
-        seen.add(tuple(int(w) for w in randomness.philox(*words(*changed.values()))))
-    seen.add(tuple(int(w) for w in randomness.philox(*words(7 + 2**32, 1, 2, 3, 4))))
+        seen.add(tuple(int(w) for w in rng.philox(*words(*changed.values()))))
+    seen.add(tuple(int(w) for w in rng.philox(*words(7 + 2**32, 1, 2, 3, 4))))
     assert len(seen) == len(base) + 2
 
 
 def test_permutation_is_a_permutation_that_depends_on_seed_and_epoch():
-    orders = [randomness.permutation(1000, s, e) for s, e in [(0, 0), (0, 1), (1, 0)]]
+    orders = [rng.permutation(1000, s, e) for s, e in [(0, 0), (0, 1), (1, 0)]]
     for order in orders:
         assert torch.equal(order.sort().values, torch.arange(1000))
     assert not torch.equal(orders[0], orders[1])
     assert not torch.equal(orders[0], orders[2])
-    assert torch.equal(orders[0], randomness.permutation(1000, 0, 0))
+    assert torch.equal(orders[0], rng.permutation(1000, 0, 0))
 
 
 def test_permutations_are_uniform():
-    orders = torch.stack([randomness.permutation(4, 5, epoch) for epoch in range(6000)])
+    orders = torch.stack([rng.permutation(4, 5, epoch) for epoch in range(6000)])
     code = (orders * torch.tensor([64, 16, 4, 1])).sum(1)
     counts = code.unique(return_counts=True)[1].numpy()
     assert len(counts) == 24

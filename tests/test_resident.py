@@ -17,7 +17,7 @@ from numpy.random import default_rng
 import fastssl_pipelines
 from fastssl_pipelines import Batch, View, open_pipeline, policies
 from fastssl_pipelines.augment import as_images, render
-from fastssl_pipelines.augment import images as images_file
+from fastssl_pipelines.augment import image_batch as images_file
 
 stats = pytest.importorskip("scipy.stats")
 
@@ -246,7 +246,7 @@ def test_nothing_heavy_is_imported_before_it_is_named():
     code = "import sys, fastssl_pipelines as p; print(*sys.modules)"
     command = [sys.executable, "-c", code]
     loaded = set(subprocess.check_output(command, env=PATHS, text=True).split())
-    assert "fastssl_pipelines.resident" in loaded
+    assert "fastssl_pipelines.engines.resident" in loaded
     assert not loaded & {"numba", "triton", "cv2", "nvidia.dali", "ffcv", "torchvision", "PIL"}
 
 

@@ -17,7 +17,7 @@ def convert(arguments: list[str]) -> None:
     parser.add_argument("--on-corrupt", choices=("skip", "stop"), default="skip")
     parser.add_argument("--quota", type=float, default=0.01, help="share that may be unreadable")
     options = vars(parser.parse_args(arguments))
-    from fastssl_pipelines.convert import convert
+    from fastssl_pipelines.sources.convert import convert
 
     with Progress(transient=True) as bar:
         report = convert(progress=_progress(bar, "converting"), **options)
@@ -31,7 +31,7 @@ def doctor(arguments: list[str]) -> None:
     parser.add_argument("--data", required=True, help="folder of images, .tar shards, or .beton")
     parser.add_argument("--workers", type=int, help="threads; one per core by default")
     options = parser.parse_args(arguments)
-    from fastssl_pipelines.doctor import diagnose
+    from fastssl_pipelines.sources.doctor import diagnose
 
     with Progress(transient=True) as bar:
         found = diagnose(options.data, workers=options.workers, progress=_progress(bar, "reading"))

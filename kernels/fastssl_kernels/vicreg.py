@@ -6,7 +6,8 @@
 
 var and cov are unbiased. V > 2 views: mean over pairs, mean over views, 2 / V times the sum.
 
-The gradient. With second_moment.py's P_a = x_a x_a^T x_a / (N - 1) of the centred view x_a, per column:
+The gradient. With second_moment.py's P_a = x_a x_a^T x_a / (N - 1) of the centred view x_a, per
+column:
 
     dL/dz_a = alpha P_a + own_a (z_a - mean_a) + pull (z_a - mean_v z_v)
 

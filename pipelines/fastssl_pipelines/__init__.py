@@ -12,10 +12,10 @@ import torch
 
 from fastssl_pipelines import policies
 from fastssl_pipelines.augment import Quality
-from fastssl_pipelines.dali import DaliPipeline
-from fastssl_pipelines.encoded import Encoded
-from fastssl_pipelines.ffcv import Beton, FfcvPipeline
-from fastssl_pipelines.resident import ResidentPipeline
+from fastssl_pipelines.engines.dali import DaliPipeline
+from fastssl_pipelines.engines.ffcv import Beton, FfcvPipeline
+from fastssl_pipelines.engines.resident import ResidentPipeline
+from fastssl_pipelines.sources.image_files import Encoded
 from fastssl_pipelines.spec import Batch, Pipeline, View
 
 __all__ = ["Batch", "Pipeline", "View", "choose_engine", "open_pipeline", "policies"]

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastssl_pipelines.augment.images import Images, as_images
+from fastssl_pipelines.augment.image_batch import Images, as_images
 from fastssl_pipelines.augment.params import Params
 from fastssl_pipelines.spec import View
 
@@ -50,7 +50,7 @@ def render(images: Images, params: Params, view: View, quality: Quality = "exact
     layout
 
     quality "exact" applies the colour steps as torchvision does; "affine" as one matrix per view,
-    with a linear hue and a fixed contrast centre (see `affine.py`): cheaper, and different.
+    with a linear hue and a fixed contrast centre (see `color_matrix.py`): cheaper, and different.
     """
     return _back_end(images.flat).render(images, params.table[None], view, quality)[0]
 

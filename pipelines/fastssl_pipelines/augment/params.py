@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastssl_pipelines.augment.draws import COLUMNS
+from fastssl_pipelines.augment.sample_params import COLUMNS
 
 
 @dataclass(frozen=True)

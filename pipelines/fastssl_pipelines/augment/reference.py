@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastssl_pipelines.augment import draws, pixels
-from fastssl_pipelines.augment.affine import color_maps
-from fastssl_pipelines.augment.images import Images
+from fastssl_pipelines.augment import pixel_ops, sample_params
+from fastssl_pipelines.augment.color_matrix import color_maps
+from fastssl_pipelines.augment.image_batch import Images
 from fastssl_pipelines.spec import View
 
 BLUR_REACH = 3.5  # the blur is cut off at this many sigma, where 0.05 % of the Gaussian is left
@@ -26,12 +26,12 @@ def draw(
 
     index: (N,) int64, what the samples are called. place: (N, 3), `Images.place`.
     """
-    table = torch.empty(len(views), len(index), len(draws.COLUMNS), device=index.device)
+    table = torch.empty(len(views), len(index), len(sample_params.COLUMNS), device=index.device)
     height, width = place[:, 1].double(), place[:, 2].double()
     for v, view in enumerate(views):
         number = torch.full_like(index, first + v)
-        numbers = draws.view_numbers(view)
-        draws.draw_view(table[v], index, number, seed, epoch, height, width, numbers)
+        numbers = sample_params.view_numbers(view)
+        sample_params.draw_view(table[v], index, number, seed, epoch, height, width, numbers)
     return table
 
 
@@ -66,27 +66,26 @@ def _render(image: Tensor, row: Tensor, view: View, quality: str) -> Tensor:
     x = _resample(image, row, view)
     if quality == "affine":
         r, g, b = x.unbind(1)
-        r, g, b = pixels.recolor(r, g, b, color_maps(row))
+        r, g, b = pixel_ops.recolor(r, g, b, color_maps(row))
     else:
         r, g, b = _jitter(x, row).unbind(1)
-    x = torch.stack(pixels.tone(r, g, b, row), dim=1)
+    x = torch.stack(pixel_ops.tone(r, g, b, row), dim=1)
     x = _blur(x, row)
-    x = torch.stack([pixels.finish(channel, row) for channel in x.unbind(1)], dim=1)
+    x = torch.stack([pixel_ops.finish(channel, row) for channel in x.unbind(1)], dim=1)
     mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (view.mean, view.std))
     return _erase((x - mean) / std, row)
 
 
 def _resample(image: Tensor, row: Tensor, view: View) -> Tensor:
     """Crop, resize with antialias, flip. -> (N, 3, S, S) in [0, 1]"""
-    top, left, height, width = (
-        row[:, c] for c in (draws.TOP, draws.LEFT, draws.HEIGHT, draws.WIDTH)
-    )
+    top, left = row[:, sample_params.TOP], row[:, sample_params.LEFT]
+    height, width = row[:, sample_params.HEIGHT], row[:, sample_params.WIDTH]
     wy = _axis_weights(top, height, image.shape[1], view)
     wx = _axis_weights(left, width, image.shape[2], view)
-    flip = row[:, draws.FLIP, None, None] > 0
+    flip = row[:, sample_params.FLIP, None, None] > 0
     wx = torch.where(flip, wx.flip(1), wx)
     x = torch.einsum("nyh,nhwc,nxw->ncyx", wy, image.to(wy.dtype) / 255, wx)
-    return pixels.clamp(x)  # bicubic overshoots
+    return pixel_ops.clamp(x)  # bicubic overshoots
 
 
 def _axis_weights(start: Tensor, length: Tensor, size: int, view: View) -> Tensor:
@@ -97,7 +96,7 @@ def _axis_weights(start: Tensor, length: Tensor, size: int, view: View) -> Tenso
     source = torch.arange(size, device=start.device)[None, None, :]
     center = (torch.arange(view.size, device=start.device)[None, :, None] + 0.5) * scale
     distance = (source - start + 0.5 - center) / stretch
-    weight = (pixels.cubic if view.interpolation == "bicubic" else pixels.triangle)(distance)
+    weight = (pixel_ops.cubic if view.interpolation == "bicubic" else pixel_ops.triangle)(distance)
     inside = (source >= start) & (source < start + length[:, None, None])
     weight = torch.where(inside, weight, 0.0)
     return weight / weight.sum(-1, keepdim=True)
@@ -105,11 +104,11 @@ def _axis_weights(start: Tensor, length: Tensor, size: int, view: View) -> Tenso
 
 def _jitter(x: Tensor, row: Tensor) -> Tensor:
     """The four colour steps in each sample's own order. (N, 3, S, S)"""
-    for slot in (draws.STEP0, draws.STEP1, draws.STEP2, draws.STEP3):
+    for slot in range(sample_params.STEP0, sample_params.STEP3 + 1):
         r, g, b = x.unbind(1)
-        mean = pixels.luma(r, g, b).mean((1, 2), keepdim=True)
+        mean = pixel_ops.luma(r, g, b).mean((1, 2), keepdim=True)
         for step in range(4):
-            adjusted = torch.stack(pixels.adjust(step, r, g, b, mean, row), dim=1)
+            adjusted = torch.stack(pixel_ops.adjust(step, r, g, b, mean, row), dim=1)
             x = torch.where(row[:, slot, None, None, None] == step, adjusted, x)
     return x
 
@@ -117,7 +116,7 @@ def _jitter(x: Tensor, row: Tensor) -> Tensor:
 def _blur(x: Tensor, row: Tensor) -> Tensor:
     """Gaussian, borders reflected without repeating the edge. (N, 3, S, S)"""
     side = x.shape[-1]
-    sigma = row[:, draws.SIGMA, None, None]
+    sigma = row[:, sample_params.SIGMA, None, None]
     radius = torch.ceil(BLUR_REACH * sigma).clamp(max=side - 1)
     to, source = torch.arange(side, device=x.device)[:, None], torch.arange(side, device=x.device)
     weight = torch.zeros(len(x), side, side, device=x.device)
@@ -134,7 +133,7 @@ def _blur(x: Tensor, row: Tensor) -> Tensor:
 
 def _erase(x: Tensor, row: Tensor) -> Tensor:
     """Zeros in the erased rectangle, after normalisation. (N, 3, S, S)"""
-    top, left, height, width = (row[:, draws.ERASE_TOP + i, None] for i in range(4))
+    top, left, height, width = (row[:, sample_params.ERASE_TOP + i, None] for i in range(4))
     line = torch.arange(x.shape[-1], device=x.device)
     rows = (line >= top) & (line < top + height)
     columns = (line >= left) & (line < left + width)

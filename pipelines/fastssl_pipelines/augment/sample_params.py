@@ -1,6 +1,6 @@
 """What is drawn for a view: every parameter, from Philox words, once for all back ends.
 
-As it stands this file is torch, vectorised over samples. `rebind.py` compiles the same functions
+As it stands this file is torch, vectorised over samples. `retarget.py` compiles the same functions
 for numba and for Triton with that compiler's own `real`, `sqrt`, ... in place of the primitives
 below; so they keep to operators, to each other, to primitives and to the constants in capitals. All
 arithmetic is fp64 made of single IEEE operations in a fixed order: the three compilers agree bit
@@ -17,7 +17,7 @@ import math
 
 import torch
 
-from fastssl_pipelines.randomness import philox
+from fastssl_pipelines.rng import philox
 from fastssl_pipelines.spec import View
 
 # What one view of one image is: a row of float32 (integers below 2^24 are exact).

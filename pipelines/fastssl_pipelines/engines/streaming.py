@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from fastssl_pipelines.augment import Images, Quality, draw, views_of
-from fastssl_pipelines.corrupt import QUOTA, Corrupt, CorruptDataError, OnCorrupt
-from fastssl_pipelines.encoded import SMALLEST
-from fastssl_pipelines.epochs import Epochs
+from fastssl_pipelines.engines.base import Epochs
+from fastssl_pipelines.sources.image_files import SMALLEST
+from fastssl_pipelines.sources.unreadable import QUOTA, Corrupt, CorruptDataError, OnCorrupt
 from fastssl_pipelines.spec import Batch, View
 
 Start = TypeVar("Start")

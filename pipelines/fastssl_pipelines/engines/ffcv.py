@@ -23,10 +23,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastssl_pipelines import randomness
+from fastssl_pipelines import rng
 from fastssl_pipelines.augment import Images
-from fastssl_pipelines.decoded import Buffer, DecodedPipeline, ahead, in_chunks, places, results
-from fastssl_pipelines.encoded import SMALLEST, Encoded, UnreadableError, require_side
+from fastssl_pipelines.engines.streaming import (
+    Buffer,
+    DecodedPipeline,
+    ahead,
+    in_chunks,
+    places,
+    results,
+)
+from fastssl_pipelines.sources.image_files import SMALLEST, Encoded, UnreadableError, require_side
 
 Order = Literal["random", "quasi_random"]
 WINDOW = 16  # pages that "quasi_random" shuffles together
@@ -81,7 +88,7 @@ class FfcvPipeline(DecodedPipeline):
         if self.order_kind == "random":
             return shuffled
         pages = self.beton.page[self.beton.row]
-        place = randomness.permutation(int(pages.max()) + 1, self.seed, epoch).argsort()
+        place = rng.permutation(int(pages.max()) + 1, self.seed, epoch).argsort()
         window = place[pages] // WINDOW  # (M,): when the page that holds each image comes
         return shuffled[window[shuffled].argsort(stable=True)]
 

@@ -8,7 +8,7 @@ Shapes: S pixels per side.
 
 import numpy as np
 
-from fastssl_pipelines.augment.formulas import HALF, ONE, TWO, ZERO, fast, of_pixels
+from fastssl_pipelines.augment.cpu.numba_ops import HALF, ONE, TWO, ZERO, fast, of_pixels
 
 triangle, cubic = of_pixels.triangle, of_pixels.cubic
 

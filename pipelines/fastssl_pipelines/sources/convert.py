@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastssl_pipelines.corrupt import QUOTA, Corrupt, OnCorrupt
-from fastssl_pipelines.decoded import ahead
-from fastssl_pipelines.encoded import (
+from fastssl_pipelines.engines.ffcv import Beton, importing_ffcv
+from fastssl_pipelines.engines.streaming import ahead
+from fastssl_pipelines.sources.image_files import (
     Bytes,
     Encoded,
     UnreadableError,
@@ -34,7 +34,7 @@ from fastssl_pipelines.encoded import (
     open_encoded,
     plain_jpeg,
 )
-from fastssl_pipelines.ffcv import Beton, importing_ffcv
+from fastssl_pipelines.sources.unreadable import QUOTA, Corrupt, OnCorrupt
 
 HEADER = 128  # bytes of an .npy header, which is written last
 SHARD_BYTES = 2**30  # of images in one tar

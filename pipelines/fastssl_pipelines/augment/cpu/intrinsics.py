@@ -1,4 +1,4 @@
-"""Weighted sums of neighbouring numbers, a vector at a time: operations for `compiled.py`.
+"""Weighted sums of neighbouring numbers, a vector at a time: operations for `kernels.py`.
 
 LLVM's loop vectoriser does not find these by itself: it sees four floats of a pixel, or one of many
 neighbours, per turn of a loop. They are written in LLVM's own vectors, which every processor has.

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastssl_pipelines.augment import draws
-from fastssl_pipelines.augment.affine import color_maps
-from fastssl_pipelines.augment.compiled import draw_range, render_range
-from fastssl_pipelines.augment.images import Images
+from fastssl_pipelines.augment import sample_params
+from fastssl_pipelines.augment.color_matrix import color_maps
+from fastssl_pipelines.augment.cpu.kernels import draw_range, render_range
+from fastssl_pipelines.augment.image_batch import Images
 from fastssl_pipelines.spec import View
 
 BUFFERS = 8  # at most so many outputs are kept to be used again
@@ -37,9 +37,9 @@ def draw(
     views: Sequence[View], seed: int, epoch: int | Tensor, index: Tensor, place: Tensor, first: int
 ) -> Tensor:
     """`reference.draw`, bit for bit. -> (V, N, columns)"""
-    columns = len(draws.COLUMNS)
+    columns = len(sample_params.COLUMNS)
     table = torch.empty(len(views), len(index), columns)
-    numbers = np.array([draws.view_numbers(view) for view in views])
+    numbers = np.array([sample_params.view_numbers(view) for view in views])
     arguments = (table.view(-1, columns), index.contiguous(), place.contiguous())
     _share(draw_range, len(views) * len(index), DRAWS, arguments, first, seed, int(epoch), numbers)
     return table
@@ -64,7 +64,7 @@ def render(images: Images, table: Tensor, view: View, quality: str) -> Tensor:
         size,
         view.interpolation == "bicubic",
         last,
-        np.array(draws.view_numbers(view)),
+        np.array(sample_params.view_numbers(view)),
         out.view(-1).numpy(),
     )
     return (out.movedim(-1, 2) if last else out).to(view.dtype)

@@ -1,4 +1,4 @@
-"""The formulas of `randomness.py`, `draws.py` and `pixels.py` for one view or one pixel: numba."""
+"""The formulas of `rng.py`, `sample_params.py` and `pixel_ops.py` for one view or one pixel: numba."""
 
 # mypy: disable-error-code="no-untyped-def"
 # ^ numba infers the types of what it compiles
@@ -9,9 +9,9 @@ from typing import Any
 import numba
 import numpy as np
 
-from fastssl_pipelines import randomness
-from fastssl_pipelines.augment import draws, pixels
-from fastssl_pipelines.augment.rebind import rebind
+from fastssl_pipelines import rng
+from fastssl_pipelines.augment import pixel_ops, sample_params
+from fastssl_pipelines.augment.retarget import rebind
 
 RELAXED = {"contract", "reassoc", "arcp", "nsz", "nnan", "ninf"}  # lets sums and selects vectorise
 
@@ -45,5 +45,5 @@ _PIXELS = {
     "get": fast(lambda row, column: row[column]),
     "where": fast(lambda condition, x, y: x if condition else y),
 }
-of_views = SimpleNamespace(**rebind([randomness, draws], _DRAWS, exact, lambda number: number))
-of_pixels = SimpleNamespace(**rebind([pixels], _PIXELS, fast, _single))
+of_views = SimpleNamespace(**rebind([rng, sample_params], _DRAWS, exact, lambda number: number))
+of_pixels = SimpleNamespace(**rebind([pixel_ops], _PIXELS, fast, _single))

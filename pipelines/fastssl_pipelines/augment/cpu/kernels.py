@@ -22,9 +22,17 @@ import numba
 import numpy as np
 from numba.np.unsafe.ndarray import to_fixed_tuple
 
-from fastssl_pipelines import randomness
-from fastssl_pipelines.augment import draws, formulas, pixels, taps, turns, vectors
-from fastssl_pipelines.augment.formulas import (
+from fastssl_pipelines import rng
+from fastssl_pipelines.augment import pixel_ops, sample_params
+from fastssl_pipelines.augment.cpu import intrinsics, numba_ops, resample, turns
+from fastssl_pipelines.augment.cpu.intrinsics import (
+    LANES,
+    fetch,
+    weigh_bytes,
+    weigh_pairs,
+    weigh_pixels,
+)
+from fastssl_pipelines.augment.cpu.numba_ops import (
     HALF,
     ONE,
     TWO,
@@ -34,12 +42,12 @@ from fastssl_pipelines.augment.formulas import (
     of_pixels,
     of_views,
 )
+from fastssl_pipelines.augment.cpu.resample import fill_taps, most_taps
+from fastssl_pipelines.augment.cpu.turns import take
 from fastssl_pipelines.augment.reference import BLUR_REACH
-from fastssl_pipelines.augment.taps import fill_taps, most_taps
-from fastssl_pipelines.augment.turns import take
-from fastssl_pipelines.augment.vectors import LANES, fetch, weigh_bytes, weigh_pairs, weigh_pixels
 
-SOURCES = (randomness, draws, pixels, formulas, taps, turns, vectors)  # of what is compiled
+# of what is compiled
+SOURCES = (rng, sample_params, pixel_ops, numba_ops, resample, turns, intrinsics)
 STRIP = 1024  # pixels, about: three planes of them are 12 KiB
 
 
@@ -69,12 +77,13 @@ clamp, luma = of_pixels.clamp, of_pixels.luma
 BYTE = np.float32(1 / 255)
 UNIT = np.uintp(1)  # indices are unsigned where numba is to leave out Python's negative ones
 REACH = np.float32(BLUR_REACH)
-MEAN, STD = draws.MEAN, draws.STD
-STEP0, STEP3, SIGMA = draws.STEP0, draws.STEP3, draws.SIGMA
-TOP, LEFT, HEIGHT, WIDTH, FLIP = draws.TOP, draws.LEFT, draws.HEIGHT, draws.WIDTH, draws.FLIP
-COUNT = len(draws.COLUMNS)
-ERASE_TOP, ERASE_LEFT = draws.ERASE_TOP, draws.ERASE_LEFT
-ERASE_HEIGHT, ERASE_WIDTH = draws.ERASE_HEIGHT, draws.ERASE_WIDTH
+MEAN, STD = sample_params.MEAN, sample_params.STD
+STEP0, STEP3, SIGMA = sample_params.STEP0, sample_params.STEP3, sample_params.SIGMA
+TOP, LEFT, FLIP = sample_params.TOP, sample_params.LEFT, sample_params.FLIP
+HEIGHT, WIDTH = sample_params.HEIGHT, sample_params.WIDTH
+COUNT = len(sample_params.COLUMNS)
+ERASE_TOP, ERASE_LEFT = sample_params.ERASE_TOP, sample_params.ERASE_LEFT
+ERASE_HEIGHT, ERASE_WIDTH = sample_params.ERASE_HEIGHT, sample_params.ERASE_WIDTH
 
 
 @fast

@@ -5,7 +5,7 @@ counter is (sample index, its high word, view, draw). So a view is the same what
 rank, thread, device or resume point, and needs no state.
 
 These functions are written in plain operators on int64, so that torch tensors, numba scalars and
-Triton blocks all run this one source (`augment/rebind.py`) and agree bit for bit.
+Triton blocks all run this one source (`augment/retarget.py`) and agree bit for bit.
 """
 
 import torch

@@ -1,6 +1,6 @@
 """One formula, several compilers: the functions of a module, compiled with other primitives.
 
-`draws.py` and `pixels.py` are torch as they stand. `rebind` hands each of their functions, its
+`sample_params.py` and `pixel_ops.py` are torch as they stand. `rebind` hands each of their functions, its
 source unchanged, to another compiler, in a namespace where `where`, `sqrt`, `get`, ... are that
 compiler's own.
 """

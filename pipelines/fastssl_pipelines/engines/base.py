@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastssl_pipelines import randomness
+from fastssl_pipelines import rng
 from fastssl_pipelines.augment import Quality
 from fastssl_pipelines.spec import View
 
@@ -61,7 +61,7 @@ class Epochs:
 
     def _shuffled(self, epoch: int) -> Tensor:
         """All images in the order of this epoch. -> (M,) int64"""
-        return randomness.permutation(self.count, self.seed, epoch, self._order_device())
+        return rng.permutation(self.count, self.seed, epoch, self._order_device())
 
     def _order_device(self) -> torch.device:
         """Where the order is made: where the engine uses it."""

@@ -20,10 +20,10 @@ from types import SimpleNamespace
 import triton
 import triton.language as tl
 
-from fastssl_pipelines import randomness
-from fastssl_pipelines.augment import draws, pixels
-from fastssl_pipelines.augment.rebind import rebind
+from fastssl_pipelines import rng
+from fastssl_pipelines.augment import pixel_ops, sample_params
 from fastssl_pipelines.augment.reference import BLUR_REACH
+from fastssl_pipelines.augment.retarget import rebind
 
 
 @triton.jit
@@ -104,7 +104,7 @@ def _constant(number: float) -> object:
     return tl.constexpr(number) if isinstance(_number, triton.JITFunction) else number
 
 
-_f = SimpleNamespace(**rebind([randomness, draws, pixels], _primitives, triton.jit, _constant))
+_f = SimpleNamespace(**rebind([rng, sample_params, pixel_ops], _primitives, triton.jit, _constant))
 draw_view = _f.draw_view
 adjust, recolor, tone, finish = _f.adjust, _f.recolor, _f.tone, _f.finish
 clamp, luma = _f.clamp, _f.luma

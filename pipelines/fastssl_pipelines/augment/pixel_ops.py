@@ -1,8 +1,8 @@
 """What happens to a pixel, and the weight of a neighbour: each formula once, for all back ends.
 
 As it stands this file is torch: `row` is a (N, columns) table and r, g, b are (N, S, S), fp32 in
-[0, 1]. `rebind.py` compiles the same functions for numba (one pixel) and Triton (a tile), as it
-does `draws.py`. Numbers are named, because only then does each compiler keep them in fp32.
+[0, 1]. `retarget.py` compiles the same functions for numba (one pixel) and Triton (a tile), as it
+does `sample_params.py`. Numbers are named, because only then does each compiler keep them in fp32.
 
 The colour formulas are torchvision's for float tensors (`transforms/v2/functional/_color.py`); its
 HSV round trip is written without branches.
@@ -12,7 +12,14 @@ HSV round trip is written without branches.
 
 import torch
 
-from fastssl_pipelines.augment.draws import BRIGHTNESS, CONTRAST, GRAY, HUE, SATURATION, SOLARIZE
+from fastssl_pipelines.augment.sample_params import (
+    BRIGHTNESS,
+    CONTRAST,
+    GRAY,
+    HUE,
+    SATURATION,
+    SOLARIZE,
+)
 
 RED, GREEN, BLUE = 0.2989, 0.587, 0.114  # luma, torchvision's
 ZERO, HALF, ONE, TWO, THREE, FOUR, SIX = 0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0
@@ -94,7 +101,7 @@ def adjust(step, r, g, b, mean, row):
 
 
 def recolor(r, g, b, color):
-    """All jitter steps as one map, `color` (12): see `affine.py`."""
+    """All jitter steps as one map, `color` (12): see `color_matrix.py`."""
     return (
         clamp(get(color, 0) * r + get(color, 1) * g + get(color, 2) * b + get(color, 3)),
         clamp(get(color, 4) * r + get(color, 5) * g + get(color, 6) * b + get(color, 7)),

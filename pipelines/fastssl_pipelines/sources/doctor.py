@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from fastssl_pipelines.decoded import ahead
-from fastssl_pipelines.encoded import (
+from fastssl_pipelines.engines.ffcv import Beton
+from fastssl_pipelines.engines.streaming import ahead
+from fastssl_pipelines.sources.image_files import (
     Encoded,
     UnreadableError,
     decode,
@@ -19,7 +20,6 @@ from fastssl_pipelines.encoded import (
     open_encoded,
     plain_jpeg,
 )
-from fastssl_pipelines.ffcv import Beton
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Rows shared out among threads while they work: one operation for `compiled.py`."""
+"""Rows shared out among threads while they work: one operation for `kernels.py`."""
 
 # mypy: disable-error-code="no-untyped-def"
 # ^ this function writes a program; numba infers the types in it

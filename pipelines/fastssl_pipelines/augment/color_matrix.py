@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastssl_pipelines.augment import draws, pixels
+from fastssl_pipelines.augment import pixel_ops, sample_params
 
 YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])  # from RGB
 
@@ -26,10 +26,10 @@ def color_maps(table: Tensor) -> Tensor:
     """
     gray, center, *_ = constants = _constants(table.device)
     color = torch.eye(3, 4, device=table.device).expand(*table.shape[:-1], 3, 4)
-    factors = table[..., draws.BRIGHTNESS : draws.HUE + 1, None, None]
+    factors = table[..., sample_params.BRIGHTNESS : sample_params.HUE + 1, None, None]
     brightness, contrast, saturation, turns = factors.unbind(-3)
     rotation = _hue_rotation(turns, *constants[2:])
-    for slot in range(draws.STEP0, draws.STEP3 + 1):
+    for slot in range(sample_params.STEP0, sample_params.STEP3 + 1):
         step = table[..., slot, None, None]
         color = torch.where(
             step == 0,
@@ -51,7 +51,7 @@ def color_maps(table: Tensor) -> Tensor:
 def _constants(device: torch.device) -> tuple[Tensor, ...]:
     """gray (3, 3), center (4,), and what `_hue_rotation` keeps, turns along and across, (3, 3)
     each; on the device once and for all: no upload per batch."""
-    gray = [[pixels.RED, pixels.GREEN, pixels.BLUE]] * 3
+    gray = [[pixel_ops.RED, pixel_ops.GREEN, pixel_ops.BLUE]] * 3
     luma, plane, across = np.diag([1.0, 0, 0]), np.diag([0.0, 1, 1]), np.zeros((3, 3))
     across[1, 2], across[2, 1] = 1.0, -1.0
     inverse = np.linalg.inv(YIQ)

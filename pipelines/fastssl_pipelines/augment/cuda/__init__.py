@@ -1,6 +1,6 @@
 """Views on the GPU: one launch draws all views, one renders all of a size, one blurs them.
 
-What a program does, and why, is said in `_cuda_kernels.py`.
+What a program does, and why, is said in `kernels.py`.
 
 Shapes: N batch, G views of one look, V views, S pixels per side, B tile side, W window side.
 """
@@ -11,15 +11,15 @@ import torch
 import triton
 from torch import Tensor
 
-from fastssl_pipelines.augment import draws
-from fastssl_pipelines.augment._cuda_kernels import (
+from fastssl_pipelines.augment import sample_params
+from fastssl_pipelines.augment.color_matrix import color_maps
+from fastssl_pipelines.augment.cuda.kernels import (
     _blur_kernel,
     _draw_kernel,
     _tiled_kernel,
     _whole_kernel,
 )
-from fastssl_pipelines.augment.affine import color_maps
-from fastssl_pipelines.augment.images import Images
+from fastssl_pipelines.augment.image_batch import Images
 from fastssl_pipelines.spec import View
 
 WHOLE = 32  # largest side that is one tile; at 64 px it would spill registers on sm_80
@@ -32,7 +32,7 @@ TILE, WINDOW, WARPS = 32, 32, 8  # of larger views
 @cache
 def _numbers(views: tuple[View, ...], device: torch.device) -> Tensor:
     """What the views say, on the device once and for all: no upload per batch. (V, numbers) fp64"""
-    numbers = [draws.view_numbers(view) for view in views]
+    numbers = [sample_params.view_numbers(view) for view in views]
     return torch.tensor(numbers, dtype=torch.float64, device=device)
 
 
@@ -51,7 +51,7 @@ def draw(
     numbers = _numbers(views, index.device)
     key = torch.full((2,), seed, dtype=torch.int64, device=index.device)
     key[1] = epoch
-    count, columns = len(index), len(draws.COLUMNS)
+    count, columns = len(index), len(sample_params.COLUMNS)
     table = torch.empty(len(views), count, columns, device=index.device)
     _draw_kernel[(triton.cdiv(count, DRAW_BLOCK), len(views))](
         table, index, place, numbers, key, first, count,

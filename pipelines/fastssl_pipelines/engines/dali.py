@@ -1,9 +1,9 @@
 """JPEGs decoded by NVIDIA DALI: on the GPU (nvJPEG, its hardware engine where there is one) or the
 CPU.
 
-The order of an epoch is ours: images are indexed once (`encoded.py`), read ahead by threads, and
+The order of an epoch is ours: images are indexed once (`image_files.py`), read ahead by threads, and
 fed to DALI as bytes. DALI decodes each once; all views are rendered from those pixels, by fastssl
-or by DALI's own operators (`dali_render.py`).
+or by DALI's own operators (`dali_operators.py`).
 
 Only plain JPEGs go to DALI. Everything else (CMYK, PNG, 16 bits, files that break off) goes to
 Pillow, which reads it or says why not. So do, on a CPU, the JPEGs that may be decoded smaller:
@@ -27,8 +27,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastssl_pipelines.augment import Images, Params
-from fastssl_pipelines.dali_render import APPROXIMATIONS, DaliRender, empty_pipeline
-from fastssl_pipelines.decoded import (
+from fastssl_pipelines.engines.dali_operators import APPROXIMATIONS, DaliRender, empty_pipeline
+from fastssl_pipelines.engines.streaming import (
     Buffer,
     DecodedPipeline,
     ahead,
@@ -37,7 +37,7 @@ from fastssl_pipelines.decoded import (
     results,
     uploaded,
 )
-from fastssl_pipelines.encoded import (
+from fastssl_pipelines.sources.image_files import (
     UnreadableError,
     decode,
     exif_orientation,
@@ -86,7 +86,7 @@ class DaliPipeline(DecodedPipeline):
     core. oriented: turn images as their EXIF tag says; by default it is ignored, as in torchvision.
     scaled, by default True: see `DecodedPipeline`; on a GPU it has no effect. render: who makes the
     views. "fastssl" as every engine; "dali" with DALI's own operators, which approximate (see
-    `dali_render.py`) and say so once, in the log.
+    `dali_operators.py`) and say so once, in the log.
     """
 
     def __init__(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastssl_pipelines.augment import Images, Quality, as_images, views_of
-from fastssl_pipelines.epochs import Epochs
+from fastssl_pipelines.engines.base import Epochs
 from fastssl_pipelines.spec import Batch, View
 
 AHEAD = 2  # batches rendered before they are asked for

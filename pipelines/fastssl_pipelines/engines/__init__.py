@@ -1,0 +1,1 @@
+"""Pipelines: what decodes the images of a batch and renders their views."""

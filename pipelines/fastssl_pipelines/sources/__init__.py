@@ -1,0 +1,1 @@
+"""Image files: found, read, decoded, checked and converted."""
