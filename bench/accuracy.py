@@ -29,10 +29,10 @@ from typing import Any
 import torch
 
 from fastssl.config import Config
-from fastssl.log import read_metrics
+from fastssl.evaluation.online_knn import read_probes
 from fastssl.pretrain import pretrain
-from fastssl.probe import read_probes
 from fastssl.recipes import RECIPES
+from fastssl.runtime.metrics_log import read_metrics
 
 SEEDS = (0, 1, 2)
 Named = tuple[str, Config]

@@ -26,11 +26,11 @@ from bench.experiments import time_to
 from bench.measure import environment
 from bench.steps import resident
 from fastssl.config import Config
-from fastssl.data import Images, load_images, load_labels
-from fastssl.inputs import SPLITS, build_views, centre_features, seeded_backbone
+from fastssl.data.datasets import Images, load_images, load_labels
+from fastssl.data.loading import SPLITS, build_views, centre_features, seeded_backbone
+from fastssl.evaluation.online_knn import OnlineProbe, read_probes
 from fastssl.objectives import build_objective
-from fastssl.objectives.objective import ProjectedObjective
-from fastssl.probe import OnlineProbe, read_probes
+from fastssl.objectives.base import ProjectedObjective
 from fastssl.recipes import RECIPES
 from fastssl.train import train
 from fastssl_pipelines import Batch, View

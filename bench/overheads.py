@@ -19,12 +19,12 @@ from bench.measure import Call, Case
 from bench.pipelines import random_images
 from bench.steps import build, resident
 from fastssl.config import Config
-from fastssl.evaluate import knn_accuracy
-from fastssl.finite import FiniteGuard
-from fastssl.inputs import centre_features
-from fastssl.log import Log
+from fastssl.data.loading import centre_features
+from fastssl.evaluation.probes import knn_accuracy
+from fastssl.evaluation.spectrum import SpectrumQueue
 from fastssl.recipes import RECIPES
-from fastssl.spectrum import SpectrumQueue
+from fastssl.runtime.metrics_log import Log
+from fastssl.runtime.nan_guard import FiniteGuard
 from fastssl.step import Model, Step
 from fastssl_pipelines import Batch, Pipeline
 

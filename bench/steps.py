@@ -17,10 +17,10 @@ from bench.covariance import official_barlow
 from bench.measure import Call, Case
 from bench.pipelines import random_images, shared_torchvision
 from fastssl.config import Config
+from fastssl.data.loading import build_views, seeded_backbone
 from fastssl.distributed import ALONE
-from fastssl.inputs import build_views, seeded_backbone
 from fastssl.objectives import Objective, build_objective
-from fastssl.objectives.objective import ProjectedObjective
+from fastssl.objectives.base import ProjectedObjective
 from fastssl.optim import build_optimizer
 from fastssl.recipes import RECIPES
 from fastssl.step import Model, Step

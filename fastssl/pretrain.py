@@ -13,21 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastssl import run_folder
-from fastssl.checkpoint import load_backbone, save_backbone
 from fastssl.config import Config, read_config
-from fastssl.data import Images
-from fastssl.distributed import Ranks, global_batch_norm, joined_ranks, rank_batch
-from fastssl.evaluate import (
-    LABELS_PER_CLASS,
-    NEUTRAL,
-    Accuracy,
-    Probe,
-    Shares,
-    evaluate_features,
-    raw_pixels,
-)
-from fastssl.inputs import (
+from fastssl.data.datasets import Images
+from fastssl.data.loading import (
     SPLITS,
     Data,
     build_views,
@@ -39,12 +27,24 @@ from fastssl.inputs import (
     split_labels,
     unreadable,
 )
-from fastssl.log import draw_curves, read_metrics
+from fastssl.distributed import Ranks, global_batch_norm, joined_ranks, rank_batch
+from fastssl.evaluation.online_knn import OnlineProbe
+from fastssl.evaluation.probes import (
+    LABELS_PER_CLASS,
+    NEUTRAL,
+    Accuracy,
+    Probe,
+    Shares,
+    evaluate_features,
+    raw_pixels,
+)
+from fastssl.evaluation.spectrum import rankme
 from fastssl.objectives import build_objective
-from fastssl.oracle import Oracle, build_oracle
-from fastssl.probe import OnlineProbe
+from fastssl.objectives.oracles import Oracle, build_oracle
+from fastssl.runtime import run_dir
+from fastssl.runtime.checkpoint import load_backbone, save_backbone
+from fastssl.runtime.metrics_log import draw_curves, read_metrics
 from fastssl.schedule import ramp
-from fastssl.spectrum import rankme
 from fastssl.train import Trained, train
 
 RANKME_SAMPLES = 25_600  # enough, says arXiv:2210.02885, appendix G
@@ -84,7 +84,7 @@ def _train(
 ) -> _Run:
     """Pretrain, save the backbone and draw the curves. `holds` keeps the folder's lock."""
     begin = time.perf_counter()
-    resumed = ranks.first and run_folder.is_resumed(folder, config)
+    resumed = ranks.first and run_dir.is_resumed(folder, config)
     device = choose_device(config.device)
     own = replace(config, batch_size=rank_batch(config, ranks.world))
     if not ranks.first:
@@ -105,8 +105,8 @@ def _train(
         objective = global_batch_norm(objective, ranks)
     probe = _online_probe(config, data, folder) if ranks.first else None
     if ranks.first:  # all that can be wrong has been found
-        run_folder.create(folder, config)
-        holds.enter_context(run_folder.held(folder))
+        run_dir.create(folder, config)
+        holds.enter_context(run_dir.held(folder))
     say(f"{'resuming' if resumed else 'run'} {folder}")
     batches = f"{len(data.pipeline)} batches of {own.batch_size * ranks.world} x {config.views}"
     where = f"{device}" if ranks.world == 1 else f"{ranks.world} ranks, {device.type}"
@@ -120,7 +120,7 @@ def _train(
         views_of=(lambda epoch: build_views(ramp(config, epoch))) if config.ramp_epochs else None,
     )
     if ranks.first and oracle:
-        run_folder.write_text(folder / "oracle.json", json.dumps(oracle.log()))
+        run_dir.write_text(folder / "oracle.json", json.dumps(oracle.log()))
     if ranks.first:
         save_backbone(folder / "backbone.safetensors", backbone)
         draw_curves(read_metrics(folder / "metrics.jsonl"), folder.name, folder / "curves.png")
@@ -151,7 +151,7 @@ def _evaluated(
         "versions": {name: _version(name) for name in ("fastssl-torch", "torch", "triton", "timm")},
         "config": asdict(config),
     }
-    run_folder.write_text(folder / "summary.json", json.dumps(summary, indent=2))
+    run_dir.write_text(folder / "summary.json", json.dumps(summary, indent=2))
     return summary
 
 

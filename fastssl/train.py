@@ -12,18 +12,18 @@ from torch import nn
 
 from fastssl.config import Config
 from fastssl.distributed import ALONE, Ranks
-from fastssl.finite import FiniteGuard
-from fastssl.log import Log
+from fastssl.evaluation.collapse import CollapseWatcher
+from fastssl.evaluation.online_knn import OnlineProbe
+from fastssl.evaluation.spectrum import SpectrumQueue
 from fastssl.objectives import Objective
 from fastssl.optim import build_optimizer
-from fastssl.probe import OnlineProbe
+from fastssl.runtime.metrics_log import Log
+from fastssl.runtime.nan_guard import FiniteGuard
+from fastssl.runtime.signals import stop_signals
+from fastssl.runtime.state import RunState, SaveClock, device_of
+from fastssl.runtime.watchdog import StallWatch
 from fastssl.schedule import Schedule
-from fastssl.signals import stop_signals
-from fastssl.spectrum import SpectrumQueue
-from fastssl.stall import StallWatch
-from fastssl.state import RunState, SaveClock, device_of
 from fastssl.step import Model, Step
-from fastssl.watch import CollapseWatcher
 from fastssl_pipelines import Pipeline, View
 
 

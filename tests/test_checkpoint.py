@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from fastssl import checkpoint
 from fastssl.backbones import build_backbone
-from fastssl.checkpoint import (
+from fastssl.runtime import checkpoint
+from fastssl.runtime.checkpoint import (
     checkpoints,
     load_backbone,
     load_checkpoint,

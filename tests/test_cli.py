@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 
 from fastssl.cli import COMMANDS, run
-from fastssl.commands.catalogue import recipe_cards
+from fastssl.cli.catalog_commands import recipe_cards
 from fastssl.config import Config
+from fastssl.evaluation.spectrum import rankme
 from fastssl.methods import METHODS
 from fastssl.recipes import RECIPES
-from fastssl.spectrum import rankme
 
 QUICK = ["--epochs", "1", "--warmup-epochs", "0", "--backbone", "fastnet-8", "--label-draws", "1"]
 

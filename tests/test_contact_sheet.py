@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastssl.contact_sheet import _describe, draw_contact_sheet
+from fastssl.data.contact_sheet import _describe, draw_contact_sheet
 from fastssl_pipelines import View, policies
 from fastssl_pipelines.augment import Params
 from fastssl_pipelines.augment.sample_params import COLUMNS

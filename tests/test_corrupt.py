@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastssl.data import load_images
+from fastssl.data.datasets import load_images
 from fastssl_pipelines import Pipeline, View, open_pipeline
 from fastssl_pipelines.augment import as_images, views_of
 from fastssl_pipelines.sources.convert import convert

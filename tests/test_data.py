@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastssl.data import load_images, load_labels, require_memory
+from fastssl.data.datasets import load_images, load_labels, require_memory
 from fastssl_pipelines.sources.convert import convert
 from tests.libraries import needs
 

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 import fastssl.train
 from fastssl.distributed import ALONE, Ranks, global_batch_norm, joined_ranks, rank_batch
-from fastssl.log import read_metrics
 from fastssl.methods import METHODS
 from fastssl.objectives import build_objective
-from fastssl.oracle import LabelOracle
+from fastssl.objectives.oracles import LabelOracle
 from fastssl.pretrain import pretrain
 from fastssl.recipes import RECIPES
+from fastssl.runtime.metrics_log import read_metrics
 from fastssl.step import Model, Step, _over_ranks
 
 N, F, M = 8, 6, 24  # a batch, features, the data set

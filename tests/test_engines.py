@@ -425,8 +425,8 @@ def test_engines_train_to_the_same_accuracy(
 @needs("nvidia.dali")
 def test_the_command_line_reaches_the_engine(data: Path, tmp_path: Path) -> None:
     """--render, --scaled and --oriented, and the images of the evaluation turned like the views."""
-    from fastssl.flags import parse_config
-    from fastssl.inputs import open_data
+    from fastssl.cli.parsing import parse_config
+    from fastssl.data.loading import open_data
 
     for k in range(5):
         (tmp_path / f"{k}.jpg").symlink_to(data / "jpeg-odd" / "Landscape_6.jpg")

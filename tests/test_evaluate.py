@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
 
-from fastssl.evaluate import (
+from fastssl.evaluation.probes import (
     PROBES,
     Descent,
     Probe,

@@ -11,7 +11,7 @@ from fastssl.backbones import build_backbone
 from fastssl.cli import run
 from fastssl.config import Config
 from fastssl.distributed import ALONE
-from fastssl.forecast import forecast
+from fastssl.dry_run import forecast
 from fastssl.objectives import build_objective
 from fastssl.optim import build_optimizer
 from fastssl.recipes import RECIPES

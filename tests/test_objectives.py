@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastssl.config import ORACLE_METHODS, Config, method_defaults
-from fastssl.data import load_images
+from fastssl.data.datasets import load_images
 from fastssl.methods import METHODS
 from fastssl.objectives import build_objective, tuned_cov_coeff, tuned_lambd
-from fastssl.objectives.objective import Objective
+from fastssl.objectives.base import Objective
+from fastssl.objectives.oracles import LabelOracle, Oracle
 from fastssl.objectives.sdiet import BatchHead
 from fastssl.optim import build_optimizer
-from fastssl.oracle import LabelOracle, Oracle
 from fastssl.train import train
 from fastssl_pipelines import open_pipeline, policies
 
@@ -356,8 +356,8 @@ def test_no_method_can_reach_a_label(
     images = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 3), dtype=np.uint8)
     poison = np.array([object()], dtype=object)  # numpy refuses to unpickle it
     np.savez(tmp_path / "data.npz", x_train=images, x_test=images, y_train=poison, y_test=poison)
-    monkeypatch.setattr("fastssl.data.load_labels", Poisoned())
-    monkeypatch.setattr("fastssl.inputs.load_labels", Poisoned())
+    monkeypatch.setattr("fastssl.data.datasets.load_labels", Poisoned())
+    monkeypatch.setattr("fastssl.data.loading.load_labels", Poisoned())
     config = replace(
         BASE, method=method, data=str(tmp_path / "data.npz"), views=2, batch_size=8, epochs=1
     )  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastssl.config import Config
-from fastssl.oracle import LabelOracle, Oracle, PairOracle, QueryOracle, build_oracle
+from fastssl.objectives.oracles import LabelOracle, Oracle, PairOracle, QueryOracle, build_oracle
 
 
 class Guarded:

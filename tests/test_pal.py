@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from fastssl.config import ORACLE_METHODS, Config
 from fastssl.objectives import PAL, build_objective
+from fastssl.objectives.oracles import LabelOracle, Oracle, PairOracle, build_oracle
 from fastssl.objectives.pal import (
     barlow_graph,
     neighbours,
@@ -23,7 +24,6 @@ from fastssl.objectives.pal import (
     spectral_graph,
     vicreg_graph,
 )
-from fastssl.oracle import LabelOracle, Oracle, PairOracle, build_oracle
 from fastssl.train import train
 from fastssl_kernels import nt_xent_loss, vicreg_loss
 from fastssl_pipelines import open_pipeline, policies

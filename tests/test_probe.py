@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastssl.log import read_metrics
+from fastssl.evaluation.online_knn import read_probes
 from fastssl.pretrain import pretrain
-from fastssl.probe import read_probes
 from fastssl.recipes import RECIPES
+from fastssl.runtime.metrics_log import read_metrics
 from fastssl.step import Step
 
 SHORT = replace(

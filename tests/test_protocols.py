@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from fastssl import frozen
-from fastssl.checkpoint import load_checkpoint
-from fastssl.evaluate import PROBES
-from fastssl.frozen import EPOCH, Frozen, load_frozen
-from fastssl.inputs import build_views, training_images
+from fastssl.data.loading import build_views, training_images
+from fastssl.evaluation import trained_run
+from fastssl.evaluation.probes import PROBES
+from fastssl.evaluation.protocols import PROTOCOLS, evaluate_protocol
+from fastssl.evaluation.protocols import _average as average
+from fastssl.evaluation.protocols import _network as network_of
+from fastssl.evaluation.trained_run import EPOCH, Frozen, load_frozen
 from fastssl.objectives import build_objective
 from fastssl.pretrain import pretrain
-from fastssl.protocols import PROTOCOLS, evaluate_protocol
-from fastssl.protocols import _average as average
-from fastssl.protocols import _network as network_of
 from fastssl.recipes import RECIPES
+from fastssl.runtime.checkpoint import load_checkpoint
 from fastssl_pipelines.engines.resident import ResidentPipeline
 
 QUICK = replace(
@@ -79,7 +79,7 @@ def test_the_average_is_the_mean_over_views(
             expected.append(torch.stack(rows).mean(0))
     network = network_of(protocol, run, name)
     for at_once in (2 * augmented, 512):
-        monkeypatch.setattr(frozen, "VIEWS_AT_ONCE", at_once)
+        monkeypatch.setattr(trained_run, "VIEWS_AT_ONCE", at_once)
         with torch.no_grad():
             got = average(run, images, network, views, protocol.centre)
         torch.testing.assert_close(got, torch.cat(expected), atol=1e-5, rtol=1e-4)

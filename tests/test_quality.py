@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastssl import quality
 from fastssl.config import config_to_json
-from fastssl.frozen import load_frozen
-from fastssl.inputs import training_images
+from fastssl.data.loading import training_images
+from fastssl.evaluation import model_selection
+from fastssl.evaluation.model_selection import measure_quality, places, require_comparable
+from fastssl.evaluation.spectrum import alpha_req, effective_rank, lidar, rankme
+from fastssl.evaluation.trained_run import load_frozen
 from fastssl.pretrain import pretrain
-from fastssl.quality import measure_quality, places, require_comparable
 from fastssl.recipes import RECIPES
-from fastssl.spectrum import alpha_req, effective_rank, lidar, rankme
 
 SETTINGS = {"samples": 200, "images": 50, "views": 3}
 
@@ -61,7 +61,7 @@ def test_it_is_kept_until_asked_for_otherwise(
     other = measure_quality(folder, pytest.fail, **{**SETTINGS, "samples": 100})
     assert other["features"]["rankme"] != first["features"]["rankme"]
     assert other["features"]["lidar"] == first["features"]["lidar"]
-    monkeypatch.setattr(quality, "load_frozen", pytest.fail)
+    monkeypatch.setattr(model_selection, "load_frozen", pytest.fail)
     assert measure_quality(folder, pytest.fail, **{**SETTINGS, "samples": 100}) == other
 
 

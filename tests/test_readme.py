@@ -10,7 +10,7 @@ import pytest
 
 from bench.experiments import tables
 from bench.report import accuracy_table, jpeg_table, read_results, views_table
-from fastssl.flags import parse_config
+from fastssl.cli.parsing import parse_config
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import fastssl
 from fastssl.cli import run
-from fastssl.signals import Interrupted, stop_signals
+from fastssl.runtime.signals import Interrupted, stop_signals
 
 TRIALS = int(os.environ.get("FASTSSL_TRIALS", "3"))  # of SIGKILLs; 20 take 20 minutes
 SMALL = ("--epochs", "12", "--backbone", "fastnet-8", "--label-draws", "1")
@@ -167,11 +167,23 @@ def signalled(
 
 PHASES: dict[str, tuple[Callable[[], Any], str, int, int, str | None]] = {
     # phase: where, what, which call of it, the signal, what the same command says then
-    "loading": (lambda: fastssl.inputs, "load_split", 1, signal.SIGTERM, None),
+    "loading": (lambda: fastssl.data.loading, "load_split", 1, signal.SIGTERM, None),
     "compiling": (lambda: fastssl.step.Model, "forward", 1, signal.SIGINT, "resumed at step 1 of"),
     "updating": (lambda: fastssl.step.Step, "_update", 5, signal.SIGUSR1, "resumed at step 5 of"),
-    "saving": (lambda: fastssl.checkpoint, "_sync_folder", 2, signal.SIGTERM, "resumed at step"),
-    "probing": (lambda: fastssl.probe, "knn_accuracy", 1, signal.SIGTERM, "resumed at step 11 of"),
+    "saving": (
+        lambda: fastssl.runtime.checkpoint,
+        "_sync_folder",
+        2,
+        signal.SIGTERM,
+        "resumed at step",
+    ),
+    "probing": (
+        lambda: fastssl.evaluation.online_knn,
+        "knn_accuracy",
+        1,
+        signal.SIGTERM,
+        "resumed at step 11 of",
+    ),
     "evaluating": (
         lambda: fastssl.pretrain,
         "evaluate_features",

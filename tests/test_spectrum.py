@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastssl.spectrum import (
+from fastssl.evaluation.spectrum import (
     SpectrumQueue,
     SpectrumWarning,
     alpha_req,
@@ -38,7 +38,7 @@ def with_spectrum(sigma: Tensor, rows: int = 500) -> Tensor:
 
 
 @pytest.mark.parametrize("shape", [(50, 7), (7, 50), (31, 31)])
-@pytest.mark.filterwarnings("ignore::fastssl.spectrum.SpectrumWarning")
+@pytest.mark.filterwarnings("ignore::fastssl.evaluation.spectrum.SpectrumWarning")
 def test_rankme_is_its_formula(shape: tuple[int, int]) -> None:
     z = noise(*shape)
     sigma = torch.linalg.svdvals(z.double())
@@ -147,7 +147,7 @@ def test_isotropic_rows_have_spread_one() -> None:
 
 
 @pytest.mark.parametrize("batch", [3, 10, 25])
-@pytest.mark.filterwarnings("ignore::fastssl.spectrum.SpectrumWarning")
+@pytest.mark.filterwarnings("ignore::fastssl.evaluation.spectrum.SpectrumWarning")
 def test_the_queue_holds_the_last_rows(batch: int) -> None:
     queue = SpectrumQueue(4, "cpu", capacity=10)
     assert queue.report() == {}

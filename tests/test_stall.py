@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 
-from fastssl.stall import StallWatch
+from fastssl.runtime.watchdog import StallWatch
 
 USUAL_S = 0.02
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from fastssl.backbones import build_backbone
 from fastssl.config import Config
 from fastssl.distributed import ALONE
-from fastssl.finite import HOPELESS, FiniteGuard, NonFiniteLossError
 from fastssl.objectives import BarlowTwins, Objective, VICReg
 from fastssl.optim import build_optimizer
+from fastssl.runtime.nan_guard import HOPELESS, FiniteGuard, NonFiniteLossError
 from fastssl.step import Model, Step, view_features
 
 CONFIG = Config(lr=0.01, optimizer="sgd", warmup_epochs=0)
@@ -189,7 +189,7 @@ def test_a_failed_compile_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_step_does_not_wait_for_the_gpu(precision: str) -> None:
     """Forward, loss, backward, update, spectrum and guard: no sync between two reports."""
-    from fastssl.spectrum import SpectrumQueue
+    from fastssl.evaluation.spectrum import SpectrumQueue
 
     config = replace(CONFIG, precision=precision)  # type: ignore[arg-type]
     model = Model(build_backbone("fastnet-4"), BarlowTwins(16, 32, 2)).cuda()

@@ -12,11 +12,11 @@ from torch import Tensor
 
 import fastssl.train
 from fastssl.config import Config
-from fastssl.finite import NonFiniteLossError
-from fastssl.inputs import build_views
-from fastssl.log import read_metrics
+from fastssl.data.loading import build_views
 from fastssl.pretrain import evaluate_folder, pretrain
 from fastssl.recipes import RECIPES
+from fastssl.runtime.metrics_log import read_metrics
+from fastssl.runtime.nan_guard import NonFiniteLossError
 
 SHORT = {
     "epochs": 2,

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from fastssl.config import Config
-from fastssl.data import load_images
-from fastssl.inputs import build_views, seeded_backbone
+from fastssl.data.datasets import load_images
+from fastssl.data.loading import build_views, seeded_backbone
+from fastssl.evaluation.collapse import CollapseError, CollapseWatcher, likely_causes
+from fastssl.evaluation.spectrum import SpectrumQueue
 from fastssl.objectives import build_objective
 from fastssl.optim import build_optimizer
 from fastssl.recipes import RECIPES
-from fastssl.spectrum import SpectrumQueue
 from fastssl.step import view_features
-from fastssl.watch import CollapseError, CollapseWatcher, likely_causes
 from fastssl_pipelines import open_pipeline
 
 VICREG = replace(RECIPES["digits-barlow"], method="vicreg")

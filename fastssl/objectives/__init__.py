@@ -6,10 +6,12 @@ from typing import Any
 from fastssl.config import Config
 from fastssl.methods import METHODS
 from fastssl.objectives.barlow_twins import BarlowTwins
+from fastssl.objectives.base import Objective
+from fastssl.objectives.default_weights import tuned_cov_coeff, tuned_lambd
 from fastssl.objectives.diet import DIET
 from fastssl.objectives.duality import SimCLRAbs, SimCLRSq, VICRegCtr, VICRegExp
 from fastssl.objectives.emp_ssl import EMPSSL
-from fastssl.objectives.objective import Objective
+from fastssl.objectives.oracles import Oracle
 from fastssl.objectives.pal import (
     PAL,
     GraphLoss,
@@ -21,9 +23,7 @@ from fastssl.objectives.pal import (
 from fastssl.objectives.sdiet import SDIET
 from fastssl.objectives.simclr import SimCLR
 from fastssl.objectives.spectral import Spectral
-from fastssl.objectives.tuned import tuned_cov_coeff, tuned_lambd
 from fastssl.objectives.vicreg import VICReg
-from fastssl.oracle import Oracle
 
 __all__ = [
     "DIET",

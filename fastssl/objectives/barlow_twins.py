@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fastssl.objectives.objective import ProjectedObjective
+from fastssl.objectives.base import ProjectedObjective
 from fastssl_kernels import barlow_twins_loss
 from fastssl_kernels.barlow_twins import Pairing
 

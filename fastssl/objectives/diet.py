@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastssl.objectives.objective import Objective
+from fastssl.objectives.base import Objective
 from fastssl_kernels import DIETHead
 
 

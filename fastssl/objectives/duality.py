@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastssl.objectives.objective import ProjectedObjective
+from fastssl.objectives.base import ProjectedObjective
 from fastssl.objectives.simclr import SimCLR
 from fastssl_kernels import vicreg_ctr_loss, vicreg_exp_loss
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from fastssl.objectives.objective import Objective, projector
+from fastssl.objectives.base import Objective, projector
 from fastssl_kernels import coding_rate
 
 

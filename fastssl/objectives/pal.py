@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from fastssl.distributed import whole_batch, whole_index
-from fastssl.objectives.objective import ProjectedObjective
+from fastssl.objectives.base import ProjectedObjective
+from fastssl.objectives.oracles import Oracle
 from fastssl.objectives.spectral import orthonormality
-from fastssl.oracle import Oracle
 from fastssl_kernels import vicreg_loss
 
 GraphLoss = Callable[[Sequence[Tensor], Tensor], Tensor]

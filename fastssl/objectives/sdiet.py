@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from fastssl.objectives.objective import Objective, projector
+from fastssl.objectives.base import Objective, projector
 from fastssl_kernels import linear_cross_entropy
 
 EPS = 1e-8  # torch.optim.AdamW's

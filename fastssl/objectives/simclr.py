@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from fastssl.objectives.objective import ProjectedObjective
+from fastssl.objectives.base import ProjectedObjective
 from fastssl_kernels import nt_xent_loss
 
 

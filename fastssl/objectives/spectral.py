@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastssl.distributed import whole_batch
-from fastssl.objectives.objective import ProjectedObjective
+from fastssl.objectives.base import ProjectedObjective
 from fastssl_kernels import second_moment_energy
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastssl.objectives.objective import ProjectedObjective
+from fastssl.objectives.base import ProjectedObjective
 from fastssl_kernels import vicreg_loss
 from fastssl_kernels.barlow_twins import Pairing
 

@@ -8,10 +8,10 @@ all (arXiv:2312.10725): with m = mean_v h_v,
 
     L = mean_v sum_i ((h_v^T m / N)_ii - 1)^2 + lambd * sum_{i != j} (m^T m / N)_ij^2
 
-The gradient. With second_moment.py's P_a for the sum over C_ij^2,
-dL/dh_a = alpha P_a + sum_b w_ab h_b in each column. The standardisation's backward subtracts h_a times the column mean of dL/dh_a * h_a
-(the mean of dL/dh_a itself is 0, as the columns of every h are centred) and divides by the standard
-deviation. So everything but P_a is in one table:
+The gradient. With second_moment.py's P_a for the sum over C_ij^2, dL/dh_a = alpha P_a + sum_b w_ab
+h_b in each column. The standardisation's backward subtracts h_a times the column mean of dL/dh_a *
+h_a (the mean of dL/dh_a itself is 0, as the columns of every h are centred) and divides by the
+standard deviation. So everything but P_a is in one table:
 
     dL/dz_a = scale_a P_a + sum_b coef_ab (z_b - mean_b)
 

@@ -1,8 +1,8 @@
 """One formula, several compilers: the functions of a module, compiled with other primitives.
 
-`sample_params.py` and `pixel_ops.py` are torch as they stand. `rebind` hands each of their functions, its
-source unchanged, to another compiler, in a namespace where `where`, `sqrt`, `get`, ... are that
-compiler's own.
+`sample_params.py` and `pixel_ops.py` are torch as they stand. `rebind` hands each of their
+functions, its source unchanged, to another compiler, in a namespace where `where`, `sqrt`, `get`,
+... are that compiler's own.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -1,9 +1,9 @@
 """JPEGs decoded by NVIDIA DALI: on the GPU (nvJPEG, its hardware engine where there is one) or the
 CPU.
 
-The order of an epoch is ours: images are indexed once (`image_files.py`), read ahead by threads, and
-fed to DALI as bytes. DALI decodes each once; all views are rendered from those pixels, by fastssl
-or by DALI's own operators (`dali_operators.py`).
+The order of an epoch is ours: images are indexed once (`image_files.py`), read ahead by threads,
+and fed to DALI as bytes. DALI decodes each once; all views are rendered from those pixels, by
+fastssl or by DALI's own operators (`dali_operators.py`).
 
 Only plain JPEGs go to DALI. Everything else (CMYK, PNG, 16 bits, files that break off) goes to
 Pillow, which reads it or says why not. So do, on a CPU, the JPEGs that may be decoded smaller:

@@ -1,4 +1,4 @@
-"""The formulas of `rng.py`, `sample_params.py` and `pixel_ops.py` for one view or one pixel: numba."""
+"""`rng.py`, `sample_params.py` and `pixel_ops.py` compiled by numba, for one view or one pixel."""
 
 # mypy: disable-error-code="no-untyped-def"
 # ^ numba infers the types of what it compiles

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from rich.progress import Progress
 
-from fastssl.flags import Parser
+from fastssl.cli.parsing import Parser
 
 
 def convert(arguments: list[str]) -> None:

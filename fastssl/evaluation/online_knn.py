@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastssl.evaluate import knn_accuracy
-from fastssl.log import keep_until, read_metrics
+from fastssl.evaluation.probes import knn_accuracy
+from fastssl.runtime.metrics_log import keep_until, read_metrics
 from fastssl.schedule import Progress
 
 Extract = Callable[[nn.Module], tuple[Tensor, Tensor]]

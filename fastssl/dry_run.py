@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.config import Config
+from fastssl.data.loading import choose_device, open_data, seeded_backbone
 from fastssl.distributed import ALONE
-from fastssl.inputs import choose_device, open_data, seeded_backbone
 from fastssl.objectives import build_objective
+from fastssl.objectives.oracles import Oracle
 from fastssl.optim import build_optimizer
-from fastssl.oracle import Oracle
 from fastssl.step import Model, Step
 
 STEPS = 4  # taken; the first warms up

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from fastssl.commands import catalogue, files, runs
-from fastssl.flags import UsageError
-from fastssl.signals import Interrupted, stop_signals
+from fastssl.cli import catalog_commands, dataset_commands, run_commands
+from fastssl.cli.parsing import UsageError
+from fastssl.runtime.signals import Interrupted, stop_signals
 
 USAGE = """usage: fastssl COMMAND ...
 
@@ -31,15 +31,15 @@ USAGE = """usage: fastssl COMMAND ...
                                    decode every image and say what training would meet
 """
 COMMANDS = {
-    "train": runs.train,
-    "eval": runs.evaluate,
-    "rank": runs.rank,
-    "select": runs.select,
-    "views": catalogue.views,
-    "recipes": catalogue.recipes,
-    "methods": catalogue.methods,
-    "convert": files.convert,
-    "doctor": files.doctor,
+    "train": run_commands.train,
+    "eval": run_commands.evaluate,
+    "rank": run_commands.rank,
+    "select": run_commands.select,
+    "views": catalog_commands.views,
+    "recipes": catalog_commands.recipes,
+    "methods": catalog_commands.methods,
+    "convert": dataset_commands.convert,
+    "doctor": dataset_commands.doctor,
 }
 RESUMED = {  # what the same command does after an interruption; the others start again
     "train": "; the same command resumes the run",

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.config import read_config
-from fastssl.frozen import load_frozen
-from fastssl.inputs import training_images
+from fastssl.data.loading import training_images
+from fastssl.evaluation.spectrum import alpha_req, effective_rank, lidar, rankme
+from fastssl.evaluation.trained_run import load_frozen
 from fastssl.pretrain import RANKME_SAMPLES
-from fastssl.run_folder import write_text
-from fastssl.spectrum import alpha_req, effective_rank, lidar, rankme
+from fastssl.runtime.run_dir import write_text
 
 LIDAR_IMAGES, LIDAR_VIEWS = 1000, 50  # arXiv:2312.04000, section 4
 FILE = "rank.json"

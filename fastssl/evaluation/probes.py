@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastssl.data import Images
+from fastssl.data.datasets import Images
 
 Shares = (
     int | str | None

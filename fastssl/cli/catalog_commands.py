@@ -9,8 +9,8 @@ from rich.table import Column
 from rich.table import Table as RichTable
 
 from fastssl import recipes as recipes_file
+from fastssl.cli.parsing import UsageError, parse_config, recipe_first
 from fastssl.config import method_defaults
-from fastssl.flags import UsageError, parse_config, recipe_first
 from fastssl.methods import METHODS
 from fastssl.recipes import RECIPES
 
@@ -70,9 +70,9 @@ def views(arguments: list[str]) -> None:
         out = flags[at + 1]
         del flags[at : at + 2]
     config = parse_config(recipe, flags)
-    from fastssl.contact_sheet import draw_contact_sheet
-    from fastssl.data import load_images
-    from fastssl.inputs import build_views
+    from fastssl.data.contact_sheet import draw_contact_sheet
+    from fastssl.data.datasets import load_images
+    from fastssl.data.loading import build_views
 
     size, oriented = config.load_size, config.oriented
     images = load_images(config.data, "train", size=size, holdout=config.holdout, oriented=oriented)

@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastssl.data import Images
-from fastssl.evaluate import (
+from fastssl.data.datasets import Images
+from fastssl.data.loading import load_both
+from fastssl.evaluation.probes import (
     ALL_LABELS,
     PROBES,
     Accuracy,
@@ -25,8 +26,7 @@ from fastssl.evaluate import (
     descent_probe,
     evaluate_features,
 )
-from fastssl.frozen import Frozen, Network, load_frozen
-from fastssl.inputs import load_both
+from fastssl.evaluation.trained_run import Frozen, Network, load_frozen
 from fastssl.pretrain import evaluate_folder
 
 Table = dict[str, dict[str, Accuracy]]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastssl.backbones import build_backbone
 from fastssl.config import Config
-from fastssl.data import (
+from fastssl.data.datasets import (
     Images,
     Labels,
     Split,
@@ -24,8 +24,8 @@ from fastssl.data import (
     require_memory,
 )
 from fastssl.distributed import ALONE, Ranks
-from fastssl.evaluate import extract_features
-from fastssl.state import device_of
+from fastssl.evaluation.probes import extract_features
+from fastssl.runtime.state import device_of
 from fastssl_pipelines import Pipeline, View, choose_engine, open_pipeline, policies
 from fastssl_pipelines.engines.streaming import DecodedPipeline
 

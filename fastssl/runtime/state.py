@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastssl.checkpoint import load_checkpoint, save_checkpoint
 from fastssl.distributed import Ranks
+from fastssl.runtime.checkpoint import load_checkpoint, save_checkpoint
 from fastssl.schedule import Progress
 
 

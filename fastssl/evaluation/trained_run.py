@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastssl.checkpoint import load_backbone, load_checkpoint
 from fastssl.config import Config, read_config
-from fastssl.data import Images
-from fastssl.inputs import build_views, centre_features, choose_device, seeded_backbone
+from fastssl.data.datasets import Images
+from fastssl.data.loading import build_views, centre_features, choose_device, seeded_backbone
+from fastssl.runtime.checkpoint import load_backbone, load_checkpoint
 from fastssl_pipelines import View
 from fastssl_pipelines.engines.resident import ResidentPipeline
 

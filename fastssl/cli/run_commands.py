@@ -9,8 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from fastssl import run_folder
-from fastssl.flags import Parser, UsageError, parse_config, recipe_first
+from fastssl.cli.parsing import Parser, UsageError, parse_config, recipe_first
+from fastssl.runtime import run_dir
 
 
 def train(arguments: list[str]) -> None:
@@ -25,11 +25,11 @@ def train(arguments: list[str]) -> None:
         console.print(line, highlight=False, markup=False)
 
     if dry:
-        from fastssl.forecast import forecast
+        from fastssl.dry_run import forecast
 
         say("\n".join(forecast(config, say).lines()))
         return
-    folder = Path(config.run) if config.run else run_folder.next_free(Path("runs"), recipe, config)
+    folder = Path(config.run) if config.run else run_dir.next_free(Path("runs"), recipe, config)
     summary = pretrain(config, folder, say)
     if not summary:  # a rank behind the first
         return
@@ -45,9 +45,9 @@ def evaluate(arguments: list[str]) -> None:
     """`fastssl eval`: a finished run's evaluation again, or under a paper's protocol."""
     if not arguments:
         raise UsageError("fastssl eval takes one run folder")
-    from fastssl.evaluate import PROBES
+    from fastssl.evaluation.probes import PROBES
+    from fastssl.evaluation.protocols import PROTOCOLS, evaluate_protocol
     from fastssl.pretrain import evaluate_folder
-    from fastssl.protocols import PROTOCOLS, evaluate_protocol
 
     lines = "\n".join(f"  {name}: {protocol.source}" for name, protocol in PROTOCOLS.items())
     parser = Parser(
@@ -79,7 +79,7 @@ def evaluate(arguments: list[str]) -> None:
 def rank(arguments: list[str]) -> None:
     """`fastssl rank`: the spectrum of a finished run."""
     options = _quality_parser("rank", "run").parse_args(arguments)
-    from fastssl.quality import measure_quality
+    from fastssl.evaluation.model_selection import measure_quality
 
     quality = measure_quality(options.run, print, **_quality_options(options))
     table = RichTable("", *CRITERIA.values(), title=f"spectrum of {options.run}")
@@ -93,7 +93,7 @@ def select(arguments: list[str]) -> None:
     parser = _quality_parser("select", "runs")
     parser.add_argument("--force", action="store_true", help="runs of different methods or data")
     options = parser.parse_args(arguments)
-    from fastssl.quality import measure_quality, places, require_comparable
+    from fastssl.evaluation.model_selection import measure_quality, places, require_comparable
 
     folders = list(dict.fromkeys(options.runs))
     if len(folders) < 2:
@@ -121,7 +121,7 @@ CRITERIA = {
 
 
 def _quality_parser(command: str, what: str) -> Parser:
-    from fastssl.quality import CAVEAT, LIDAR_IMAGES, LIDAR_VIEWS, RANKME_SAMPLES
+    from fastssl.evaluation.model_selection import CAVEAT, LIDAR_IMAGES, LIDAR_VIEWS, RANKME_SAMPLES
 
     parser = Parser(prog=f"fastssl {command}", description=CAVEAT)
     parser.add_argument(what, type=Path, nargs="+" if what == "runs" else None, help="run folder")

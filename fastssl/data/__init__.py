@@ -1,0 +1,1 @@
+"""Data sets: where the images are, their splits and labels, and the pipelines over them."""

@@ -1,0 +1,1 @@
+"""What keeps a run safe: checkpoints, its directory, logs, guards, signals."""
