@@ -103,21 +103,21 @@ def _run_suite(suite: str, options: argparse.Namespace, end: float) -> None:
 
 def _rows(suite: str) -> Callable[[str, float, str], Iterator[Row]]:
     if suite == "accuracy":
-        from bench import accuracy
+        from bench.suites import accuracy
 
         return accuracy.rows
     if suite == "losses":
-        from bench import losses
+        from bench.suites import covariance_losses, softmax_losses
 
-        sources = [losses.cases]
+        sources = [covariance_losses.cases, softmax_losses.cases]
     elif suite == "loop":
-        from bench import overheads, steps
+        from bench.suites import loop_overhead, train_step
 
-        sources = [steps.cases, overheads.cases]
+        sources = [train_step.cases, loop_overhead.cases]
     else:
-        from bench import decode, pipelines
+        from bench.suites import jpeg_engines, views
 
-        sources = [pipelines.cases, decode.cases]
+        sources = [views.cases, jpeg_engines.cases]
 
     def rows(device: str, end: float, match: str) -> Iterator[Row]:
         yield from timed_rows(

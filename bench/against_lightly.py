@@ -4,7 +4,7 @@
 
 Barlow Twins on CIFAR-10 (FASTSSL_CIFAR10), one net, one optimizer and schedule, one probe, one
 machine. The first variant has lightly's transform and loss and a DataLoader with 2 workers; each
-further one changes one thing. All go through the same loop, whose own cost is bench.overheads'.
+further one changes one thing. All go through the same loop, whose own cost is bench.suites.loop_overhead'.
 The target is what lightly's run has after 3/4 of its epochs. Probes are not counted (README.md).
 """
 
@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from bench.experiments import time_to
 from bench.measure import environment
-from bench.steps import resident
+from bench.suites.train_step import resident
 from fastssl.config import Config
 from fastssl.data.datasets import Images, load_images, load_labels
 from fastssl.data.loading import SPLITS, build_views, centre_features, seeded_backbone

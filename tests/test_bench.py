@@ -5,12 +5,12 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import steps
 from bench.__main__ import timed_rows
 from bench.measure import Case, environment, measure, quartiles
 from bench.report import (
@@ -21,6 +21,7 @@ from bench.report import (
     read_results,
     timing_table,
 )
+from bench.suites import covariance_losses, softmax_losses, train_step
 
 ROOT = Path(__file__).parents[1]
 
@@ -83,12 +84,12 @@ def test_rows_check_before_they_time() -> None:
 
 
 def test_steps_train_by_torchvision_and_by_us() -> None:
-    config, height, width = next(iter(steps.CPU_SETTINGS.values()))
-    variants = steps._variants(replace(config, batch_size=8, device="cpu"), height, width)
-    steps._check(variants)
+    config, height, width = next(iter(train_step.CPU_SETTINGS.values()))
+    variants = train_step._variants(replace(config, batch_size=8, device="cpu"), height, width)
+    train_step._check(variants)
     assert len(variants) == 2
     with pytest.raises(AssertionError, match="nan"):
-        steps._check({**variants, "broken": lambda: float("nan")})
+        train_step._check({**variants, "broken": lambda: float("nan")})
 
 
 def test_environment_names_what_a_number_needs() -> None:
@@ -157,9 +158,8 @@ def test_the_command_ends_inside_its_budget(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["coding rate V=20", "nt-xent"])
 def test_variants_of_a_case_agree(name: str) -> None:
     """What the command checks before it times, on a case of each file of losses."""
-    from bench import losses
-
-    chosen = next(case for case in losses.cases("cpu") if name in case.name)
+    cases = chain(covariance_losses.cases("cpu"), softmax_losses.cases("cpu"))
+    chosen = next(case for case in cases if name in case.name)
     variants = chosen.build()
     assert len(variants) > 1
     chosen.check(variants)

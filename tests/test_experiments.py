@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from bench import accuracy
 from bench.experiments import (
     by_method,
     draw_accuracy_against_time,
@@ -17,6 +16,7 @@ from bench.experiments import (
     time_to,
     time_to_table,
 )
+from bench.suites import accuracy
 
 
 def probes(*knn: float) -> list[dict[str, float]]:

@@ -1,6 +1,6 @@
 """Barlow Twins, VICReg and the coding rate: official formulas, torch.compile, lightly, and ours.
 
-    python -m bench.covariance RESULTS/losses.jsonl PNG
+    python -m bench.suites.covariance_losses RESULTS/losses.jsonl PNG
 
 draws time and memory against D from the results of `python -m bench --only losses`.
 
@@ -208,4 +208,4 @@ def plot(rows: list[Row], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    draw(plot, "bench.covariance", __doc__)
+    draw(plot, "bench.suites.covariance_losses", __doc__)

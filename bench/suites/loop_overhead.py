@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from bench.measure import Call, Case
-from bench.pipelines import random_images
-from bench.steps import build, resident
+from bench.suites.train_step import build, resident
+from bench.suites.views import random_images
 from fastssl.config import Config
 from fastssl.data.loading import centre_features
 from fastssl.evaluation.probes import knn_accuracy

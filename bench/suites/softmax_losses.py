@@ -1,6 +1,6 @@
 """DIET's head and the contrastive losses: eager, torch.compile, torch's own op, peers, and ours.
 
-    python -m bench.softmax RESULTS/losses.jsonl PNG
+    python -m bench.suites.softmax_losses RESULTS/losses.jsonl PNG
 
 draws time and memory against K from the results of `python -m bench --only losses`.
 
@@ -271,4 +271,4 @@ def plot(rows: list[Row], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    draw(plot, "bench.softmax", __doc__)
+    draw(plot, "bench.suites.softmax_losses", __doc__)

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.covariance import official_barlow
 from bench.measure import Call, Case
-from bench.pipelines import random_images, shared_torchvision
+from bench.suites.covariance_losses import official_barlow
+from bench.suites.views import random_images, shared_torchvision
 from fastssl.config import Config
 from fastssl.data.loading import build_views, seeded_backbone
 from fastssl.distributed import ALONE

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from bench.measure import Call, Case
-from bench.pipelines import SETTLE_S
+from bench.suites.views import SETTLE_S
 from fastssl_pipelines import View, open_pipeline, policies, spec
 from fastssl_pipelines.augment import as_images, views_of
 from fastssl_pipelines.engines.streaming import ahead
@@ -148,11 +148,11 @@ def _torchvision(views: Sequence[View], device: str) -> Call:
     from PIL import Image
     from torchvision.transforms import v2
 
-    from bench import loaders
+    from bench import peers
 
     def transform(view: View) -> Any:
         end = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(view.mean, view.std)]
-        return v2.Compose([*loaders.torchvision_steps(view), v2.ToImage(), *end])
+        return v2.Compose([*peers.torchvision_steps(view), v2.ToImage(), *end])
 
     class Photos:
         def __len__(self) -> int:
@@ -162,7 +162,7 @@ def _torchvision(views: Sequence[View], device: str) -> Call:
             with Image.open(_files()[i]) as image:
                 return image.convert("RGB")
 
-    return loaders._loader(loaders._Views(Photos(), [transform(view) for view in views]), BATCH)
+    return peers._loader(peers._Views(Photos(), [transform(view) for view in views]), BATCH)
 
 
 def _bare_dali(views: Sequence[View], device: str) -> Call:

@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from bench import loaders
+from bench import peers
 from bench.measure import Call, Case
 from fastssl_pipelines import View, open_pipeline, policies
 from fastssl_pipelines.augment import as_images, reference, views_of
@@ -61,7 +61,7 @@ def _cpu_case(
     def build() -> dict[str, Call]:
         images = random_images(count, height, width)
         variants = {}
-        for peer, loader in loaders.CPU_PEERS.items():
+        for peer, loader in peers.CPU_PEERS.items():
             with contextlib.suppress(ImportError):
                 variants[peer] = loader(images, views, batch)
         return variants | {"fastssl": _fastssl_pass(images, views, batch)}
@@ -125,7 +125,7 @@ def _gpu_case(
             "fastssl": lambda: views_of(images, views, 0, epoch, index),
             "fastssl, affine": lambda: views_of(images, views, 0, epoch, index, "affine"),
         }
-        for peer, make in loaders.GPU_PEERS.items():
+        for peer, make in peers.GPU_PEERS.items():
             with contextlib.suppress(ImportError):
                 variants[peer] = make(raw, views, batch, device)
         return variants
@@ -147,7 +147,7 @@ def shared_torchvision(raw: np.ndarray, views: Sequence[View], device: str) -> C
 
     def transform(view: View) -> Call:
         end = [v2.ToDtype(view.dtype, scale=True), v2.Normalize(view.mean, view.std)]
-        return v2.Compose([*loaders.torchvision_steps(view), *end])
+        return v2.Compose([*peers.torchvision_steps(view), *end])
 
     transforms = [transform(view) for view in views]
     return lambda: [transform(pixels) for transform in transforms]
