@@ -4,7 +4,8 @@
 
 Barlow Twins on CIFAR-10 (FASTSSL_CIFAR10), one net, one optimizer and schedule, one probe, one
 machine. The first variant has lightly's transform and loss and a DataLoader with 2 workers; each
-further one changes one thing. All go through the same loop, whose own cost is bench.suites.loop_overhead'.
+further one changes one thing. All go through the same loop, whose own cost
+`bench.suites.loop_overhead` measures.
 The target is what lightly's run has after 3/4 of its epochs. Probes are not counted (README.md).
 """
 

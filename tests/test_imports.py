@@ -108,7 +108,8 @@ class Refuse:
         if name.split(".")[0] in {"tyro", "numba", "nvidia", "ffcv", "lightly", "sklearn"}:
             raise ImportError(name)
 sys.meta_path.insert(0, Refuse())
-import bench.__main__, bench.suites.covariance_losses, bench.suites.views, bench.suites.accuracy, fastssl_pipelines
+import bench.__main__, fastssl_pipelines
+from bench.suites import accuracy, covariance_losses, views
 print([name for name in ("matplotlib.pyplot", "rich") if name in sys.modules])
 """
     run_python(code)

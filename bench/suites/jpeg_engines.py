@@ -58,7 +58,7 @@ def _folder() -> Path:
 
 @cache
 def _files() -> tuple[Path, ...]:
-    root = Path(__file__).parents[2] / "shared" / "data"
+    root = Path(__file__).parents[3] / "shared" / "data"
     real = Path(os.environ.get("FASTSSL_DATA", root)) / "imagenet-samples"
     if real.is_dir():
         return tuple(sorted(real.iterdir()))

@@ -44,7 +44,7 @@ def cases(device: str) -> Iterator[Case]:
             name,
             parameters,
             partial(_built, variants, device),
-            lambda variants: None,  # one step, however it is fed: tests/test_train.py
+            lambda variants: None,  # one step, however it is fed: tests/engine/test_train.py
             work={"steps": STEPS},
             graph=False,
         )

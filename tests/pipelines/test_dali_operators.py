@@ -18,7 +18,7 @@ from fastssl_pipelines.augment import Images, Params, as_images, draw, render
 from fastssl_pipelines.engines.dali_operators import HONOURED, DaliRender, require_honoured
 from fastssl_pipelines.sources.image_files import decode
 from fastssl_pipelines.spec import view_fields
-from tests.libraries import needs
+from tests.helpers.requires import needs
 
 pytestmark = needs("nvidia.dali")
 

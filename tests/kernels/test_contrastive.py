@@ -20,9 +20,9 @@ from fastssl_kernels import (
 from fastssl_kernels import _similarity as similarity
 from fastssl_kernels._dispatch import interpreted
 from fastssl_kernels._triton import similarity as similarity_kernels
-from tests.numerics import assert_within_budget, relative_error, value_and_grads
-from tests.offline import Kernel, assert_ships, compile_offline
-from tests.ranks import on_ranks
+from tests.helpers.gloo import on_ranks
+from tests.helpers.numerics import assert_within_budget, relative_error, value_and_grads
+from tests.helpers.offline_compile import Kernel, assert_ships, compile_offline
 
 Context = Callable[[], AbstractContextManager[None]]
 SIZES = [(2, 2, 3), (2, 32, 64), (2, 65, 33), (3, 43, 7)]  # V, N, D

@@ -20,7 +20,7 @@ from torchvision.transforms.v2 import functional as tv
 from fastssl_pipelines.augment import Images, Params, as_images, cuda, reference, sample_params
 from fastssl_pipelines.augment.color_matrix import _constants, color_maps
 from fastssl_pipelines.spec import View, view_fields
-from tests.offline import Kernel, assert_ships, compile_offline
+from tests.helpers.offline_compile import Kernel, assert_ships, compile_offline
 
 LEVEL = 1 / 255
 PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastssl_kernels import BarlowTwinsLoss, barlow_twins_loss
-from tests.numerics import relative_error
-from tests.offline import Kernel, assert_ships, compile_offline
+from tests.helpers.numerics import relative_error
+from tests.helpers.offline_compile import Kernel, assert_ships, compile_offline
 
 
 def official(za: Tensor, zb: Tensor, lambd: float = 0.0051) -> Tensor:

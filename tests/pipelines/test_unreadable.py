@@ -20,8 +20,8 @@ from fastssl_pipelines.sources.convert import convert
 from fastssl_pipelines.sources.doctor import diagnose
 from fastssl_pipelines.sources.image_files import UnreadableError, decode, open_encoded, plain_jpeg
 from fastssl_pipelines.sources.unreadable import Corrupt, CorruptDataError
-from tests.decoded import planned
-from tests.libraries import needs
+from tests.helpers.expected_decode import planned
+from tests.helpers.requires import needs
 
 pytestmark = needs("ffcv", "nvidia.dali")
 

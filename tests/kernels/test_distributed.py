@@ -20,8 +20,8 @@ from fastssl_kernels import (
     vicreg_exp_loss,
     vicreg_loss,
 )
-from tests.numerics import relative_error
-from tests.ranks import on_ranks
+from tests.helpers.gloo import on_ranks
+from tests.helpers.numerics import relative_error
 
 Loss = Callable[..., Tensor]
 

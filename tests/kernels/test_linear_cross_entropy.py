@@ -15,9 +15,9 @@ from fastssl_kernels import linear_cross_entropy, linear_cross_entropy_reference
 from fastssl_kernels._class_softmax import class_statistics, class_statistics_backward
 from fastssl_kernels._dispatch import interpreted
 from fastssl_kernels._triton import class_softmax as kernels
-from tests.numerics import assert_within_budget, relative_error, value_and_grads
-from tests.offline import Kernel, assert_ships, compile_offline
-from tests.ranks import on_ranks
+from tests.helpers.gloo import on_ranks
+from tests.helpers.numerics import assert_within_budget, relative_error, value_and_grads
+from tests.helpers.offline_compile import Kernel, assert_ships, compile_offline
 
 Context = Callable[[], AbstractContextManager[None]]
 

@@ -23,7 +23,7 @@ from bench.report import (
 )
 from bench.suites import covariance_losses, softmax_losses, train_step
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_times_and_spread() -> None:

@@ -13,7 +13,7 @@ from fastssl_pipelines import View, open_pipeline
 from fastssl_pipelines.engines.ffcv import Beton, FfcvPipeline, importing_ffcv
 from fastssl_pipelines.sources.convert import convert
 from fastssl_pipelines.sources.unreadable import CorruptDataError
-from tests.libraries import needs
+from tests.helpers.requires import needs
 
 pytestmark = needs("ffcv")
 

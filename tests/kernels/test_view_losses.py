@@ -21,8 +21,8 @@ from fastssl_kernels import (
     vicreg_loss,
     vicreg_loss_reference,
 )
-from tests.fused import fused
-from tests.numerics import assert_within_budget, relative_error, value_and_grads
+from tests.helpers.numerics import assert_within_budget, relative_error, value_and_grads
+from tests.helpers.triton_mode import fused
 
 Loss = Callable[..., Tensor]
 ORDINARY = {  # loss, reference

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastssl_kernels import VICRegLoss, vicreg_loss
-from tests.numerics import relative_error
-from tests.offline import Kernel, assert_ships, compile_offline
+from tests.helpers.numerics import relative_error
+from tests.helpers.offline_compile import Kernel, assert_ships, compile_offline
 
 
 def official(x: Tensor, y: Tensor) -> Tensor:

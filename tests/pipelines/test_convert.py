@@ -16,7 +16,7 @@ from fastssl_pipelines.sources import convert as module
 from fastssl_pipelines.sources.convert import convert
 from fastssl_pipelines.sources.image_files import decode, open_encoded
 from fastssl_pipelines.sources.unreadable import CorruptDataError
-from tests.libraries import needs
+from tests.helpers.requires import needs
 
 pytestmark = needs("ffcv")
 

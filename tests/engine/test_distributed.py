@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import on_ranks
 from torch import Tensor, nn
 
 import fastssl.train
@@ -23,6 +22,7 @@ from fastssl.pretrain import pretrain
 from fastssl.recipes import RECIPES
 from fastssl.runtime.metrics_log import read_metrics
 from fastssl.step import Model, Step, _over_ranks
+from tests.helpers.gloo import on_ranks
 
 N, F, M = 8, 6, 24  # a batch, features, the data set
 SMALL = replace(RECIPES["digits-barlow"], projector_width=16, lambd=None)

@@ -14,8 +14,8 @@ from PIL import Image
 from fastssl_pipelines import Pipeline, View, open_pipeline
 from fastssl_pipelines.augment import views_of
 from fastssl_pipelines.sources.image_files import decode, open_encoded, plain_jpeg
-from tests.decoded import planned
-from tests.libraries import needs
+from tests.helpers.expected_decode import planned
+from tests.helpers.requires import needs
 
 pytestmark = needs("nvidia.dali")
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastssl_kernels import coding_rate, coding_rate_reference
-from tests.numerics import assert_within_budget
+from tests.helpers.numerics import assert_within_budget
 
 
 def unit_rows(v: int, n: int, d: int) -> Tensor:

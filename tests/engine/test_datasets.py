@@ -11,7 +11,7 @@ from PIL import Image
 
 from fastssl.data.datasets import load_images, load_labels, require_memory
 from fastssl_pipelines.sources.convert import convert
-from tests.libraries import needs
+from tests.helpers.requires import needs
 
 ARGS = {"size": 16, "holdout": 0.2}
 

@@ -8,7 +8,7 @@ import pytest
 from fastssl.cli import run
 from fastssl_pipelines.sources.convert import convert
 from fastssl_pipelines.sources.doctor import diagnose
-from tests.libraries import needs
+from tests.helpers.requires import needs
 
 pytestmark = needs("ffcv")
 

@@ -16,9 +16,9 @@ from bench.measure import measure
 from fastssl_kernels import DIETHead, _class_update
 from fastssl_kernels._class_update import class_statistics_updating
 from fastssl_kernels._dispatch import interpreted
-from tests.numerics import relative_error
-from tests.offline import Kernel, assert_ships, compile_offline
-from tests.ranks import on_ranks
+from tests.helpers.gloo import on_ranks
+from tests.helpers.numerics import relative_error
+from tests.helpers.offline_compile import Kernel, assert_ships, compile_offline
 
 Context = Callable[[], AbstractContextManager[None]]
 Optimizer = Callable[[list[Tensor]], torch.optim.Optimizer]

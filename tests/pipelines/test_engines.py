@@ -19,8 +19,8 @@ from fastssl_pipelines import Pipeline, View, choose_engine, open_pipeline, poli
 from fastssl_pipelines.augment import as_images, draw, views_of
 from fastssl_pipelines.sources.convert import convert
 from fastssl_pipelines.sources.image_files import decode, open_encoded
-from tests.decoded import planned
-from tests.libraries import needs
+from tests.helpers.expected_decode import planned
+from tests.helpers.requires import needs
 
 ENGINES = (
     pytest.param(("resident", {}), id="resident"),

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may ask for
 TENSOR_CORE = re.compile(r"\b(?:HMMA|HGMMA|UTC\w*MMA|QGMMA|IMMA)\b")  # mma, wgmma, tcgen05
 

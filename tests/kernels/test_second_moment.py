@@ -8,9 +8,9 @@ from torch import Tensor
 
 from fastssl_kernels import second_moment, second_moment_energy, second_moment_energy_reference
 from fastssl_kernels._columns import SLOTS
-from tests.fused import fused
-from tests.numerics import assert_within_budget, relative_error, value_and_grads
-from tests.offline import Kernel, assert_ships, compile_offline
+from tests.helpers.numerics import assert_within_budget, relative_error, value_and_grads
+from tests.helpers.offline_compile import Kernel, assert_ships, compile_offline
+from tests.helpers.triton_mode import fused
 
 CASES = list(grid([True, False], [True, False]))  # pairs, diagonal
 

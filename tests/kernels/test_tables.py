@@ -4,7 +4,7 @@ from pathlib import Path
 
 from bench.report import ratio_table, read_results
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_readme_s_tables_are_the_measured_ones() -> None:
