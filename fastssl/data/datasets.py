@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from fastssl_pipelines.engines.ffcv import Beton, beton_labels
+from fastssl_pipelines.memory import require_memory
 from fastssl_pipelines.sources.convert import convert
 from fastssl_pipelines.sources.image_files import (
     SUFFIXES,
@@ -134,26 +134,6 @@ def load_labels(
         return labels
     names = encoded_images(data, split, holdout=holdout).names
     return labels[[name not in left_out for name in names]]
-
-
-def require_memory(needed: int, what: str, remedy: str, device: torch.device | None = None) -> None:
-    """ValueError where `what` needs more bytes than the device has free."""
-    free = (
-        torch.cuda.mem_get_info(device)[0]
-        if device and device.type == "cuda"
-        else _available_bytes()
-    )
-    if needed > free:
-        gib = 2**30
-        raise ValueError(
-            f"{what} needs {needed / gib:.1f} GiB, {free / gib:.1f} GiB are free; {remedy}"
-        )
-
-
-def _available_bytes() -> int:
-    with open("/proc/meminfo") as lines:
-        fields = dict(line.split(":", 1) for line in lines)
-    return int(fields["MemAvailable"].split()[0]) * 1024
 
 
 def _existing(data: str) -> Path:

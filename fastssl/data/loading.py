@@ -21,13 +21,13 @@ from fastssl.data.datasets import (
     is_encoded,
     load_images,
     load_labels,
-    require_memory,
 )
 from fastssl.distributed import ALONE, Ranks
 from fastssl.evaluation.probes import extract_features
 from fastssl.runtime.state import device_of
 from fastssl_pipelines import Pipeline, View, choose_engine, open_pipeline, policies
 from fastssl_pipelines.engines.streaming import DecodedPipeline
+from fastssl_pipelines.memory import require_memory
 
 SPLITS: tuple[Split, Split] = ("train", "test")
 

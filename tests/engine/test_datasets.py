@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fastssl.data.datasets import load_images, load_labels, require_memory
+from fastssl.data.datasets import load_images, load_labels
+from fastssl_pipelines.memory import require_memory
 from fastssl_pipelines.sources.convert import convert
 from tests.helpers.requires import needs
 

@@ -15,9 +15,8 @@ import torch
 from numpy.random import default_rng
 
 import fastssl_pipelines
-from fastssl_pipelines import Batch, View, open_pipeline, policies
+from fastssl_pipelines import Batch, View, memory, open_pipeline, policies
 from fastssl_pipelines.augment import as_images, render
-from fastssl_pipelines.augment import image_batch as images_file
 
 stats = pytest.importorskip("scipy.stats")
 
@@ -204,8 +203,8 @@ def test_epochs_and_batches_that_there_are_not(epoch, skip):
 
 
 def test_more_data_than_memory_says_how_much(monkeypatch):
-    monkeypatch.setattr(images_file, "free_bytes", lambda device: 100)
-    with pytest.raises(ValueError, match=r"need .* GiB.*engine that reads from disk"):
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 100)
+    with pytest.raises(ValueError, match=r"5 images .* needs .* GiB.*engine that reads from disk"):
         resident(list(RGB))
 
 

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastssl_pipelines.memory import require_memory
+
 WANTED = "wanted uint8 RGB, (M, H, W, 3) or a sequence of (H, W, 3)"
 
 
@@ -34,7 +36,7 @@ class Images:
     def to(self, device: torch.device | str) -> "Images":
         """These images on `device`; ValueError where it has no room for them."""
         if self.flat.device.type != torch.device(device).type:
-            _check_room(self.flat.nbytes, torch.device(device))
+            _require_room(self.count, self.flat.nbytes, torch.device(device))
         return replace(self, flat=self.flat.to(device), place=self.place.to(device))
 
     def pixels(self, i: int) -> Tensor:
@@ -61,7 +63,7 @@ def as_images(source: Any) -> Images:
     tensors = [_tensor(image) for image in source]
     for i, image in enumerate(tensors):
         _check(image.shape, image.dtype, 3, f"source[{i}]")
-    _check_room(sum(image.nbytes for image in tensors), tensors[0].device)
+    _require_room(len(tensors), sum(t.nbytes for t in tensors), tensors[0].device)
     flat = torch.cat([image.reshape(-1) for image in tensors])
     return _lay(flat, [t.shape[0] for t in tensors], [t.shape[1] for t in tensors])
 
@@ -80,21 +82,9 @@ def _lay(flat: Tensor, heights: list[int], widths: list[int]) -> Images:
     return Images(flat, place.to(flat.device), same)
 
 
-def _check_room(needed: int, device: torch.device) -> None:
-    free = free_bytes(device)
-    if needed > free:
-        raise ValueError(
-            f"the images need {needed / 2**30:.3g} GiB, {device} has {free / 2**30:.3g} GiB free:"
-            " store them smaller, or use an engine that reads from disk (dali, ffcv)"
-        )
-
-
-def free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    with open("/proc/meminfo") as lines:
-        (kib,) = (line.split()[1] for line in lines if line.startswith("MemAvailable"))
-    return int(kib) * 1024
+def _require_room(count: int, needed: int, device: torch.device) -> None:
+    remedy = "store them smaller, or use an engine that reads from disk (dali, ffcv)"
+    require_memory(needed, f"holding {count} images in memory", remedy, device)
 
 
 def _check(shape: torch.Size, dtype: torch.dtype, dims: int, name: str) -> None:
