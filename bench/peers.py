@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fastssl_pipelines import View
-from fastssl_pipelines.engines.streaming import ahead
+from fastssl_pipelines.prefetch import prefetch
 
 Call = Callable[[], Any]
 WORKERS = 2
@@ -221,7 +221,7 @@ def dali(images: np.ndarray, views: Sequence[View], batch_size: int, device: str
 
     def one_pass() -> None:  # all that it renders is rendered before it ends
         batches = range(len(images) // batch_size)
-        for _ in ahead(batches, lambda _: built.schedule_run(), collect, 2):
+        for _ in prefetch(batches, lambda _: built.schedule_run(), collect, 2):
             pass
 
     return one_pass

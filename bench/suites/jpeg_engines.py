@@ -25,7 +25,7 @@ from bench.measure import Call, Case
 from bench.suites.views import SETTLE_S
 from fastssl_pipelines import View, open_pipeline, policies, spec
 from fastssl_pipelines.augment import as_images, views_of
-from fastssl_pipelines.engines.streaming import ahead
+from fastssl_pipelines.prefetch import prefetch
 from fastssl_pipelines.sources.image_files import decode
 
 BATCH = 32
@@ -177,7 +177,7 @@ def _bare_dali(views: Sequence[View], device: str) -> Call:
     batches = [data[k : k + BATCH] for k in range(0, len(data) // BATCH * BATCH, BATCH)]
 
     def one_pass() -> None:
-        for _ in ahead(batches, decoder.schedule, decoder.collect, 1):
+        for _ in prefetch(batches, decoder.schedule, decoder.collect, 1):
             pass
         if device != "cpu":
             torch.cuda.synchronize()

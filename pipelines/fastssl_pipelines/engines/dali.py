@@ -31,12 +31,10 @@ from fastssl_pipelines.engines.dali_operators import APPROXIMATIONS, DaliRender,
 from fastssl_pipelines.engines.streaming import (
     Buffer,
     DecodedPipeline,
-    ahead,
-    in_chunks,
     places,
-    results,
     uploaded,
 )
+from fastssl_pipelines.prefetch import in_chunks, prefetch, results
 from fastssl_pipelines.sources.image_files import (
     UnreadableError,
     decode,
@@ -147,7 +145,7 @@ class DaliPipeline(DecodedPipeline):
             return self._collect(batch, buffer)
 
         try:
-            yield from ahead(ahead(order, read, lambda x: x, 1), start, collect, 1)
+            yield from prefetch(prefetch(order, read, lambda x: x, 1), start, collect, 1)
         finally:
             readers.shutdown(cancel_futures=True)
 

@@ -28,11 +28,9 @@ from fastssl_pipelines.augment import Images
 from fastssl_pipelines.engines.streaming import (
     Buffer,
     DecodedPipeline,
-    ahead,
-    in_chunks,
     places,
-    results,
 )
+from fastssl_pipelines.prefetch import in_chunks, prefetch, results
 from fastssl_pipelines.sources.image_files import SMALLEST, Encoded, UnreadableError, require_side
 
 Order = Literal["random", "quasi_random"]
@@ -99,7 +97,7 @@ class FfcvPipeline(DecodedPipeline):
             buffers.reverse()
             return self._start(index, epoch, buffers[0])
 
-        yield from ahead(order, start, self._finish, 1)
+        yield from prefetch(order, start, self._finish, 1)
 
     def _start(self, index: Tensor, epoch: int, buffer: Buffer) -> Decoding:
         """Begin to decode the images at `index` (N,) into `buffer`."""

@@ -4,9 +4,8 @@ ahead.
 Shapes: N batch, M data set, C channels, S pixels per side, V views.
 """
 
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from fastssl_pipelines.augment import Images, Quality, as_images, views_of
 from fastssl_pipelines.engines.base import Epochs
+from fastssl_pipelines.prefetch import prefetch
 from fastssl_pipelines.spec import Batch, View
 
 AHEAD = 2  # batches rendered before they are asked for
@@ -52,7 +52,7 @@ class ResidentPipeline(Epochs):
         """Batches `skip` to the last of epoch `epoch`, each rendered while its predecessor is in
         use."""
         order = self._rest(epoch, skip)
-        ahead = self._on_stream if self.images.flat.is_cuda else self._on_thread
+        ahead = self._on_stream if self.images.flat.is_cuda else self._on_threads
         return ahead(order, epoch)
 
     def _order_device(self) -> torch.device:
@@ -68,34 +68,30 @@ class ResidentPipeline(Epochs):
         rendered, params = views_of(images, self.views, self.seed, epoch, index, self.quality)
         return Batch(rendered, index, params if self.keep_params else None)
 
-    def _on_thread(self, order: Tensor, epoch: int) -> Iterator[Batch]:
-        """The threads end with the iterator, exhausted or dropped.
+    def _on_threads(self, order: Tensor, epoch: int) -> Iterator[Batch]:
+        """One thread for each batch ahead: while one prepares its batch in Python, another renders.
 
-        One for each batch ahead: while one prepares its batch in Python, another renders.
+        The threads end with the iterator, whether it is exhausted or dropped.
         """
+
+        def start(index: Tensor) -> Future[Batch]:
+            return threads.submit(self.batch, index, epoch)
+
         count = min(AHEAD, torch.get_num_threads())
         with ThreadPoolExecutor(count, thread_name_prefix="fastssl-ahead") as threads:
-            pending = deque(threads.submit(self.batch, index, epoch) for index in order[:AHEAD])
-            for index in order[AHEAD:]:
-                ready = pending.popleft().result()
-                pending.append(threads.submit(self.batch, index, epoch))
-                yield ready
-            while pending:
-                yield pending.popleft().result()
+            yield from prefetch(order, start, lambda batch: batch.result(), AHEAD)
 
     def _on_stream(self, order: Tensor, epoch: int) -> Iterator[Batch]:
         """A side stream renders the next batch while the current stream uses this one."""
         side = self._side = self._side or torch.cuda.Stream(self.images.flat.device)
         side.wait_stream(torch.cuda.current_stream(side.device))  # `order` comes from there
         order.record_stream(side)
-        pending: deque[tuple[Batch, torch.cuda.Event]] = deque()
-        for index in order:
+
+        def start(index: Tensor) -> tuple[Batch, torch.cuda.Event]:
             with torch.cuda.stream(side):
-                pending.append((self.batch(index, epoch), side.record_event()))
-            if len(pending) == AHEAD:
-                yield _hand_over(*pending.popleft())
-        while pending:
-            yield _hand_over(*pending.popleft())
+                return self.batch(index, epoch), side.record_event()
+
+        yield from prefetch(order, start, lambda started: _hand_over(*started), AHEAD - 1)
 
 
 def _hand_over(batch: Batch, rendered: torch.cuda.Event) -> Batch:

@@ -6,11 +6,8 @@ Shapes: N batch, M data set, V views.
 """
 
 from abc import ABC, abstractmethod
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,42 +18,7 @@ from fastssl_pipelines.sources.image_files import SMALLEST
 from fastssl_pipelines.sources.unreadable import QUOTA, Corrupt, CorruptDataError, OnCorrupt
 from fastssl_pipelines.spec import Batch, View
 
-Start = TypeVar("Start")
-Item = TypeVar("Item")
-Done = TypeVar("Done")
-
-CHUNKS_PER_THREAD = 4  # a thread that is done early takes over work of a slower one
 SHRINKS = (2, 4, 8)  # what libjpeg's DCT scaling divides sides by
-
-
-def ahead(
-    items: Iterable[Item],
-    start: Callable[[Item], Start],
-    finish: Callable[[Start], Done],
-    depth: int,
-) -> Iterator[Done]:
-    """finish(start(item)) of each item in order, with `depth` more items started beforehand."""
-    started: deque[Start] = deque()
-    for item in items:
-        started.append(start(item))
-        if len(started) > depth:
-            yield finish(started.popleft())
-    while started:
-        yield finish(started.popleft())
-
-
-def in_chunks(
-    pool: Executor, threads: int, work: Callable[[Item], Done], items: Sequence[Item]
-) -> list[Future[list[Done]]]:
-    """work(item) of each item, begun on the threads of `pool`; `results` has them in order."""
-    size = -(-len(items) // (threads * CHUNKS_PER_THREAD)) or 1
-    chunks = [items[k : k + size] for k in range(0, len(items), size)]
-    return [pool.submit(lambda chunk: [work(item) for item in chunk], chunk) for chunk in chunks]
-
-
-def results(chunks: Iterable[Future[list[Done]]]) -> list[Done]:
-    """What `in_chunks` began, when it is done."""
-    return [done for chunk in chunks for done in chunk.result()]
 
 
 def uploaded(x: Tensor, device: torch.device) -> Tensor:

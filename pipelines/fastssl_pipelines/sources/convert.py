@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastssl_pipelines.engines.ffcv import Beton, importing_ffcv
-from fastssl_pipelines.engines.streaming import ahead
+from fastssl_pipelines.prefetch import prefetch
 from fastssl_pipelines.sources.image_files import (
     Bytes,
     Encoded,
@@ -197,7 +197,7 @@ def _stage(
             return pool.submit(_converted, images, i, kind, size, quality)
 
         todo = range(len(records), len(images))
-        for record, stored in ahead(todo, submit, lambda future: future.result(), 4 * workers):
+        for record, stored in prefetch(todo, submit, lambda future: future.result(), 4 * workers):
             if record.reason:
                 corrupt.add(record.name, record.reason)
             records.append(Record(**{**asdict(record), "offset": data.tell()}))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fastssl_pipelines.engines.ffcv import Beton
-from fastssl_pipelines.engines.streaming import ahead
+from fastssl_pipelines.prefetch import prefetch
 from fastssl_pipelines.sources.image_files import (
     Encoded,
     UnreadableError,
@@ -79,7 +79,7 @@ def diagnose(
         examine = lambda i: _examine(encoded, i)  # noqa: E731
     findings: list[Finding] = []
     with ThreadPoolExecutor(workers, thread_name_prefix="fastssl-doctor") as pool:
-        submitted = ahead(
+        submitted = prefetch(
             range(len(names)),
             lambda i: pool.submit(examine, i),
             lambda future: future.result(),
