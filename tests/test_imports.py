@@ -38,7 +38,7 @@ ALLOWED = {
 }
 OWN_FILE = {
     "nvidia": {"engines/dali.py", "engines/dali_operators.py"},
-    "ffcv": {"engines/ffcv.py", "sources/convert.py"},
+    "ffcv": {"sources/beton.py", "sources/convert.py"},
     "numba": {f"cpu/{name}.py" for name in ("kernels", "numba_ops", "turns", "intrinsics")},
     "llvmlite": {"cpu/intrinsics.py"},
 }  # outside the bench's path

@@ -187,7 +187,7 @@ def _bare_dali(views: Sequence[View], device: str) -> Call:
 
 def _ffcv_alone(views: Sequence[View], device: str) -> Call:
     """FFCV's loader with its RandomResizedCrop decoder, once per view; uint8, nothing else."""
-    from fastssl_pipelines.engines.ffcv import importing_ffcv
+    from fastssl_pipelines.sources.beton import importing_ffcv
 
     try:
         with importing_ffcv():

@@ -17,8 +17,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from fastssl_pipelines.engines.ffcv import Beton, beton_labels
 from fastssl_pipelines.memory import require_memory
+from fastssl_pipelines.sources.beton import Beton, beton_labels
 from fastssl_pipelines.sources.convert import convert
 from fastssl_pipelines.sources.image_files import (
     SUFFIXES,

@@ -13,8 +13,9 @@ import torch
 from fastssl_pipelines import policies
 from fastssl_pipelines.augment import Quality
 from fastssl_pipelines.engines.dali import DaliPipeline
-from fastssl_pipelines.engines.ffcv import Beton, FfcvPipeline
+from fastssl_pipelines.engines.ffcv import FfcvPipeline
 from fastssl_pipelines.engines.resident import ResidentPipeline
+from fastssl_pipelines.sources.beton import Beton
 from fastssl_pipelines.sources.image_files import Encoded
 from fastssl_pipelines.spec import Batch, Pipeline, View
 

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image, ImageOps
 
 from fastssl.cli import run
-from fastssl_pipelines.engines.ffcv import Beton
 from fastssl_pipelines.sources import convert as module
+from fastssl_pipelines.sources.beton import Beton
 from fastssl_pipelines.sources.convert import convert
 from fastssl_pipelines.sources.image_files import decode, open_encoded
 from fastssl_pipelines.sources.unreadable import CorruptDataError

@@ -151,10 +151,11 @@ def test_views_are_those_of_the_fused_render(
 def test_an_image_is_decoded_once_for_all_views(
     opened: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastssl_pipelines.engines import dali, ffcv
+    from fastssl_pipelines.engines import dali
+    from fastssl_pipelines.sources.beton import Beton
 
     counts = {"n": 0}
-    schedule, by_pillow, decode_row = dali._Dali.schedule, dali.decode, ffcv.Beton.decode
+    schedule, by_pillow, decode_row = dali._Dali.schedule, dali.decode, Beton.decode
 
     def count_schedule(self: Any, images: list[Any]) -> list[Any]:
         counts["n"] += len(images)
@@ -170,7 +171,7 @@ def test_an_image_is_decoded_once_for_all_views(
 
     monkeypatch.setattr(dali._Dali, "schedule", count_schedule)
     monkeypatch.setattr(dali, "decode", count_pillow)
-    monkeypatch.setattr(ffcv.Beton, "decode", count_rows)
+    monkeypatch.setattr(Beton, "decode", count_rows)
     for views in (policies.simclr(2, 16), policies.simclr(9, 16)):
         counts["n"] = 0
         list(opened(views=views).epoch(0))

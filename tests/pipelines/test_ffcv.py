@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from fastssl_pipelines import View, open_pipeline
-from fastssl_pipelines.engines.ffcv import Beton, FfcvPipeline, importing_ffcv
+from fastssl_pipelines.engines.ffcv import FfcvPipeline
+from fastssl_pipelines.sources.beton import Beton, importing_ffcv
 from fastssl_pipelines.sources.convert import convert
 from fastssl_pipelines.sources.unreadable import CorruptDataError
 from tests.helpers.requires import needs

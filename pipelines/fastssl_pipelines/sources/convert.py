@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastssl_pipelines.engines.ffcv import Beton, importing_ffcv
 from fastssl_pipelines.prefetch import prefetch
+from fastssl_pipelines.sources.beton import Beton, importing_ffcv
 from fastssl_pipelines.sources.image_files import (
     Bytes,
     Encoded,

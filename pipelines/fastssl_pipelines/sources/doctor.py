@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from fastssl_pipelines.engines.ffcv import Beton
 from fastssl_pipelines.prefetch import prefetch
+from fastssl_pipelines.sources.beton import Beton
 from fastssl_pipelines.sources.image_files import (
     Encoded,
     UnreadableError,
