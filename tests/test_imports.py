@@ -39,7 +39,7 @@ ALLOWED = {
 OWN_FILE = {
     "nvidia": {"engines/dali.py", "engines/dali_operators.py"},
     "ffcv": {"sources/beton.py", "sources/convert.py"},
-    "numba": {f"cpu/{name}.py" for name in ("kernels", "numba_ops", "turns", "intrinsics")},
+    "numba": {f"cpu/{name}.py" for name in ("kernels", "numba_ops", "intrinsics")},
     "llvmlite": {"cpu/intrinsics.py"},
 }  # outside the bench's path
 SOURCES = [(folder, path) for folder in ALLOWED for path in sorted((ROOT / folder).rglob("*.py"))]

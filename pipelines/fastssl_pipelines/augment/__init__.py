@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastssl_pipelines.augment.image_batch import Images, as_images
-from fastssl_pipelines.augment.params import Params
+from fastssl_pipelines.augment.sample_params import Params
 from fastssl_pipelines.spec import View
 
 __all__ = ["Images", "Params", "Quality", "as_images", "draw", "render", "views_of"]

@@ -14,8 +14,10 @@ attempts, then the largest centred crop of an allowed ratio (crop), or nothing (
 # ^ arguments are tensors, scalars or blocks of pointers, as the compiler has it
 
 import math
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from fastssl_pipelines.rng import philox
 from fastssl_pipelines.spec import View
@@ -35,6 +37,30 @@ COLUMNS = (
     TOP, LEFT, HEIGHT, WIDTH, FLIP, STEP0, STEP1, STEP2, STEP3, BRIGHTNESS, CONTRAST, SATURATION,
     HUE, GRAY, SIGMA, SOLARIZE, ERASE_TOP, ERASE_LEFT, ERASE_HEIGHT, ERASE_WIDTH,
 ) = range(len(COLUMNS))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Params:
+    """`params["sigma"]` is a (N,) column of the (N, len(COLUMNS)) float32 `table`; integers are
+    exact."""
+
+    table: Tensor
+
+    def __getitem__(self, column: str) -> Tensor:
+        return self.table[:, COLUMNS.index(column)]
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def replace(self, **columns: Tensor | float) -> "Params":
+        """A copy with some columns changed, to replay a view with other parameters."""
+        table = self.table.clone()
+        for name, values in columns.items():
+            table[:, COLUMNS.index(name)] = torch.as_tensor(values, dtype=table.dtype).to(
+                table.device
+            )
+        return Params(table)
+
 
 # Where `view_numbers` puts what a View says. A range is two numbers, (low, high - low).
 SIDE, PATCHED, PATCH, RATIO_LOW, RATIO_HIGH = 0, 1, 2, 3, 4

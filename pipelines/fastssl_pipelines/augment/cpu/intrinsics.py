@@ -150,3 +150,16 @@ def fetch(typing, array, i, count):
         return context.get_dummy_value()
 
     return signature, generate
+
+
+@intrinsic
+def atomic_fetch_add(typing, counter, count):
+    """counter[0] += count, atomically. -> its value before, int64"""
+    signature = types.int64(counter, types.int64)
+
+    def generate(context, builder, signature, arguments):
+        array, count = arguments
+        pointer = context.make_array(signature.args[0])(context, builder, array).data
+        return builder.atomic_rmw("add", pointer, count, ordering="monotonic")
+
+    return signature, generate

@@ -24,9 +24,10 @@ from numba.np.unsafe.ndarray import to_fixed_tuple
 
 from fastssl_pipelines import rng
 from fastssl_pipelines.augment import pixel_ops, sample_params
-from fastssl_pipelines.augment.cpu import intrinsics, numba_ops, resample, turns
+from fastssl_pipelines.augment.cpu import intrinsics, numba_ops, resample
 from fastssl_pipelines.augment.cpu.intrinsics import (
     LANES,
+    atomic_fetch_add,
     fetch,
     weigh_bytes,
     weigh_pairs,
@@ -43,11 +44,10 @@ from fastssl_pipelines.augment.cpu.numba_ops import (
     of_views,
 )
 from fastssl_pipelines.augment.cpu.resample import fill_taps, most_taps
-from fastssl_pipelines.augment.cpu.turns import take
 from fastssl_pipelines.augment.reference import BLUR_REACH
 
 # of what is compiled
-SOURCES = (rng, sample_params, pixel_ops, numba_ops, resample, turns, intrinsics)
+SOURCES = (rng, sample_params, pixel_ops, numba_ops, resample, intrinsics)
 STRIP = 1024  # pixels, about: three planes of them are 12 KiB
 
 
@@ -269,13 +269,13 @@ def _erase(row, size, out, view, apart, step):
 def _draw_range(taken, count, grain, table, index, place, first, seed, epoch, numbers):
     """Rows of table (V * N, columns), `grain` at a time until `count` are taken; index (N,), place
     (N, 3), numbers (V, ...)."""
-    low = take(taken, grain)
+    low = atomic_fetch_add(taken, grain)
     while low < count:
         for slot in range(low, min(low + grain, count)):
             v, n = slot // len(index), slot % len(index)
             height, width = np.float64(place[n, 1]), np.float64(place[n, 2])
             draw_view(table[slot], index[n], first + v, seed, epoch, height, width, numbers[v])
-        low = take(taken, grain)
+        low = atomic_fetch_add(taken, grain)
 
 
 def _render_range(
@@ -313,7 +313,7 @@ def _render_range(
     )
     apart, step = (1, 3) if last else (area, 1)
     strip = max(1, STRIP // size)
-    low = take(taken, grain)
+    low = atomic_fetch_add(taken, grain)
     while low < count:
         for slot in range(low, min(low + grain, count)):
             n = slot % len(place)
@@ -361,7 +361,7 @@ def _render_range(
             if blurred:
                 _store_blurred(planes, size, row, normal, scratch, out, view, apart, step)
             _erase(row, size, out, view, apart, step)
-        low = take(taken, grain)
+        low = atomic_fetch_add(taken, grain)
 
 
 draw_range = _on_disk(_draw_range)
