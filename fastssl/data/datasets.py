@@ -21,10 +21,11 @@ from fastssl_pipelines.memory import require_memory
 from fastssl_pipelines.sources.beton import Beton, beton_labels
 from fastssl_pipelines.sources.convert import convert
 from fastssl_pipelines.sources.image_files import (
-    SUFFIXES,
     Encoded,
     UnreadableError,
+    center_square,
     decode,
+    find_images,
     open_encoded,
 )
 from fastssl_pipelines.sources.unreadable import Corrupt, OnCorrupt
@@ -258,11 +259,7 @@ def _folder_files(path: Path, split: Split) -> tuple[list[Path], bool]:
     root = path
     if names_split:
         root = path / "train" if split == "train" or test is None else test
-    paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    if not paths:
-        known = " ".join(sorted(SUFFIXES))
-        raise ValueError(f"{root} holds no images; fastssl reads files ending in {known}")
-    return paths, names_split
+    return find_images(root), names_split
 
 
 def _folder_labels(path: Path, split: Split, holdout: float) -> Labels | None:
@@ -305,7 +302,7 @@ def _decode(images: Encoded, size: int, corrupt: Corrupt, oriented: bool) -> Ima
 
     def decode_one(i: int) -> Images | UnreadableError:
         try:
-            return _square(decode(images.read(i), oriented=oriented), size)
+            return center_square(decode(images.read(i), oriented=oriented), size)
         except UnreadableError as error:
             return error
 
@@ -321,10 +318,3 @@ def _decode(images: Encoded, size: int, corrupt: Corrupt, oriented: bool) -> Ima
     if not readable:
         raise ValueError(f"none of {len(images)} images can be read; `fastssl doctor` says why")
     return np.stack(readable)
-
-
-def _square(pixels: Images, size: int) -> Images:
-    from PIL import Image, ImageOps
-
-    fitted = ImageOps.fit(Image.fromarray(pixels), (size, size), Image.Resampling.BILINEAR)
-    return np.asarray(fitted)

@@ -30,6 +30,7 @@ from fastssl_pipelines.sources.image_files import (
     Bytes,
     Encoded,
     UnreadableError,
+    center_square,
     decode,
     open_encoded,
     plain_jpeg,
@@ -235,7 +236,12 @@ def _converted(
             pixels = decode(data)
     except UnreadableError as error:
         return Record(name, reason=str(error)), b""
-    resized = pixels if size is None else _resized(pixels, size, square=kind == "npy")
+    if size is None:
+        resized = pixels
+    elif kind == "npy":
+        resized = center_square(pixels, size)
+    else:
+        resized = _reduced(pixels, size)
     if kind == "npy":
         stored = resized.tobytes()
     elif data is not None and resized is pixels and plain_jpeg(data):
@@ -247,15 +253,11 @@ def _converted(
     return Record(name, 0, len(stored), height, width, crc, class_name), stored
 
 
-def _resized(pixels: Bytes, size: int, square: bool) -> Bytes:
-    """The shorter side reduced to `size` px; a square also where it has to grow, its centre cut
-    out."""
-    from PIL import Image, ImageOps
+def _reduced(pixels: Bytes, size: int) -> Bytes:
+    """The shorter side reduced to `size` px; smaller images are returned as they are."""
+    from PIL import Image
 
     height, width = pixels.shape[:2]
-    if square:
-        fitted = ImageOps.fit(Image.fromarray(pixels), (size, size), Image.Resampling.BILINEAR)
-        return np.asarray(fitted)
     if min(height, width) <= size:
         return pixels
     scale = size / min(height, width)

@@ -35,8 +35,8 @@ class UnreadableError(ValueError):
     """One image that cannot be read, and why."""
 
 
-class Place(NamedTuple):
-    """Where the bytes of one image lie; size -1 is the whole file."""
+class FileSpan(NamedTuple):
+    """The bytes of one image: `size` of them from `offset` on; size -1 is the whole file."""
 
     file: Path
     offset: int
@@ -47,8 +47,8 @@ class Encoded:
     """M encoded images. `names[i]` is image i's path, with that of its tar before it; `read(i)` its
     bytes."""
 
-    def __init__(self, names: Sequence[str], places: Sequence[Place | bytes]) -> None:
-        self.names, self._places = names, places
+    def __init__(self, names: Sequence[str], spans: Sequence[FileSpan | bytes]) -> None:
+        self.names, self._spans = names, spans
 
     def __len__(self) -> int:
         return len(self.names)
@@ -56,17 +56,17 @@ class Encoded:
     def read(self, i: int) -> Bytes:
         """The encoded bytes of image i. UnreadableError where its file cannot be opened any
         more."""
-        place = self._places[i]
-        if isinstance(place, bytes):
-            return np.frombuffer(place, np.uint8)
+        span = self._spans[i]
+        if isinstance(span, bytes):
+            return np.frombuffer(span, np.uint8)
         try:
-            return np.fromfile(place.file, np.uint8, count=place.size, offset=place.offset)
+            return np.fromfile(span.file, np.uint8, count=span.size, offset=span.offset)
         except OSError as error:
             raise UnreadableError(f"the file cannot be opened: {error.strerror}") from error
 
     def select(self, chosen: Sequence[int]) -> "Encoded":
         """Some of these images, numbered anew."""
-        return Encoded([self.names[i] for i in chosen], [self._places[i] for i in chosen])
+        return Encoded([self.names[i] for i in chosen], [self._spans[i] for i in chosen])
 
     def class_name(self, i: int) -> str:
         """The folder that image i lies in, "" where it has none: its class, by convention."""
@@ -74,7 +74,7 @@ class Encoded:
 
     def fingerprint(self) -> list[Any]:
         """What changes when the images do: names, sizes and times of change of the files."""
-        files = sorted({place.file for place in self._places if isinstance(place, Place)})
+        files = sorted({span.file for span in self._spans if isinstance(span, FileSpan)})
         stats = [(str(file), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
         return [len(self), *stats]
 
@@ -99,7 +99,7 @@ def open_encoded(source: Any) -> Encoded:
     shards = [file for file in files if file.suffix == ".tar"]
     if shards and len(shards) == len(files):
         return _members(shards)
-    return Encoded([str(file) for file in files], [Place(file, 0, -1) for file in files])
+    return Encoded([str(file) for file in files], [FileSpan(file, 0, -1) for file in files])
 
 
 def _files(path: Path) -> list[Path]:
@@ -110,33 +110,45 @@ def _files(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise ValueError(f"{path} does not exist; wanted {WANTED}")
-    below = sorted(file for file in path.rglob("*") if file.is_file())
-    found = [file for file in below if file.suffix.lower() in SUFFIXES]
-    found = found or [file for file in below if file.suffix == ".tar"]
+    return _scan(path, or_shards=True)
+
+
+def find_images(folder: Path) -> list[Path]:
+    """The image files below `folder`, at any depth, sorted. ValueError where there are none."""
+    return _scan(folder, or_shards=False)
+
+
+def _scan(folder: Path, or_shards: bool) -> list[Path]:
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    found = [file for file in files if file.suffix.lower() in SUFFIXES]
+    if not found and or_shards:
+        found = [file for file in files if file.suffix == ".tar"]
     if not found:
         known = " ".join(sorted(SUFFIXES))
-        raise ValueError(f"{path} holds no images: fastssl reads files ending in {known}, or .tar")
+        raise ValueError(
+            f"{folder} holds no images: fastssl reads files ending in {known}, or .tar"
+        )
     return found
 
 
 def _members(shards: Sequence[Path]) -> Encoded:
     """The images in uncompressed tars; only their headers are read."""
     names: list[str] = []
-    places: list[Place | bytes] = []
+    spans: list[FileSpan | bytes] = []
     for shard in shards:
         try:
             with tarfile.open(shard, "r:") as tar:
                 for member in tar:
                     if member.isfile() and Path(member.name).suffix.lower() in SUFFIXES:
                         names.append(f"{shard}:{member.name}")
-                        places.append(Place(shard, member.offset_data, member.size))
+                        spans.append(FileSpan(shard, member.offset_data, member.size))
         except tarfile.TarError as error:
             raise ValueError(
                 f"{shard} cannot be read as an uncompressed tar ({error}); unpack or copy it again"
             ) from error
     if not names:
         raise ValueError(f"{shards[0]} holds no images; wanted {WANTED}")
-    return Encoded(names, places)
+    return Encoded(names, spans)
 
 
 def plain_jpeg(data: Bytes) -> tuple[int, int] | None:
@@ -194,6 +206,15 @@ def decode(
         raise UnreadableError(str(error)) from error
     require_side(pixels.shape[0], pixels.shape[1], smallest)
     return pixels
+
+
+def center_square(pixels: Bytes, size: int) -> Bytes:
+    """(H, W, 3) -> (size, size, 3): the shorter side resized to `size` px with antialias, the
+    centre cropped."""
+    from PIL import Image, ImageOps
+
+    fitted = ImageOps.fit(Image.fromarray(pixels), (size, size), Image.Resampling.BILINEAR)
+    return np.asarray(fitted)
 
 
 def exif_orientation(data: Bytes) -> int:
