@@ -28,7 +28,7 @@ from fastssl_pipelines.sources.image_files import (
     find_images,
     open_encoded,
 )
-from fastssl_pipelines.sources.unreadable import Corrupt, OnCorrupt
+from fastssl_pipelines.sources.unreadable import OnCorrupt, UnreadableImages
 
 Split = Literal["train", "test"]
 Images = NDArray[np.uint8]
@@ -55,7 +55,8 @@ def load_images(
     """The images of one split, (M, S, S, 3) uint8. `size` is S of a folder; arrays keep theirs.
     oriented: turn images of a folder or of shards as their EXIF tag says.
 
-    Unreadable images are treated as `Corrupt` says; `left_out` collects their names and reasons.
+    Unreadable images are treated as `UnreadableImages` says; `left_out` collects their names and
+    reasons.
     """
     if data == "digits":
         return _split(_digits_images(), split, holdout)
@@ -65,7 +66,7 @@ def load_images(
     if path.suffix == ".npz":
         return _npz_images(path, split, holdout)
     images = encoded_images(data, split, holdout=holdout)
-    corrupt = Corrupt(len(images), on_corrupt, quota)
+    corrupt = UnreadableImages(len(images), on_corrupt, quota)
     pixels = _decode(images, size, corrupt, oriented)
     if left_out is not None:
         left_out.update(corrupt.reasons)
@@ -291,7 +292,7 @@ def _class_names(path: Path, files: Sequence[Path], names_split: bool) -> list[s
     return [part[0] if part else "" for part in parts]
 
 
-def _decode(images: Encoded, size: int, corrupt: Corrupt, oriented: bool) -> Images:
+def _decode(images: Encoded, size: int, corrupt: UnreadableImages, oriented: bool) -> Images:
     """Squares: the shorter side resized to `size` with antialias, the centre cropped. (M, S, S,
     3)"""
     require_memory(

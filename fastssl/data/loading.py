@@ -26,7 +26,7 @@ from fastssl.distributed import ALONE, Ranks
 from fastssl.evaluation.probes import extract_features
 from fastssl.runtime.state import device_of
 from fastssl_pipelines import Pipeline, View, choose_engine, open_pipeline, policies
-from fastssl_pipelines.engines.streaming import DecodedPipeline
+from fastssl_pipelines.engines.streaming import StreamingPipeline
 from fastssl_pipelines.memory import require_memory
 
 SPLITS: tuple[Split, Split] = ("train", "test")
@@ -137,7 +137,7 @@ def _training_source(
 
 
 def unreadable(pipeline: Pipeline) -> dict[str, str]:
-    return pipeline.corrupt.reasons if isinstance(pipeline, DecodedPipeline) else {}
+    return pipeline.unreadable.reasons if isinstance(pipeline, StreamingPipeline) else {}
 
 
 def load_split(config: Config, split: Split, left_out: dict[str, str]) -> Images:

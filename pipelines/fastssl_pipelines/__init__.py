@@ -45,7 +45,7 @@ def open_pipeline(
     list of either, or a list of bytes; "ffcv" a .beton file. "auto" is what `choose_engine` says,
     logged. shard: (rank, world). quality: "exact" is torchvision's semantics, "affine" one colour
     matrix per view. keep_params: yield what was drawn in `Batch.params`, a tuple of V `Params`.
-    options: of the engine, see `DaliPipeline`, `FfcvPipeline` and `DecodedPipeline`. ValueError
+    options: of the engine, see `DaliPipeline`, `FfcvPipeline` and `StreamingPipeline`. ValueError
     says what is wrong before the first batch.
     """
     if engine == "auto":

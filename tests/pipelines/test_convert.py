@@ -15,7 +15,7 @@ from fastssl_pipelines.sources import convert as module
 from fastssl_pipelines.sources.beton import Beton
 from fastssl_pipelines.sources.convert import convert
 from fastssl_pipelines.sources.image_files import decode, open_encoded
-from fastssl_pipelines.sources.unreadable import CorruptDataError
+from fastssl_pipelines.sources.unreadable import UnreadableDataError
 from tests.helpers.requires import needs
 
 pytestmark = needs("ffcv")
@@ -190,12 +190,12 @@ def test_damage_while_writing_is_found(
 def test_unreadable_images_are_reported(classes: Path, tmp_path: Path) -> None:
     shutil.copytree(classes, tmp_path / "in")
     (tmp_path / "in" / "note.jpg").write_text("not an image")
-    with pytest.raises(CorruptDataError, match=r"note\.jpg cannot be read.*1 of 31 images"):
+    with pytest.raises(UnreadableDataError, match=r"note\.jpg cannot be read.*1 of 31 images"):
         convert(tmp_path / "in", tmp_path / "out.beton")
     report = convert(tmp_path / "in", tmp_path / "out.beton", quota=0.05)
     assert report.written == 30 and len(Beton(tmp_path / "out.beton")) == 30
     assert list(report.skipped) == [str(tmp_path / "in" / "note.jpg")]
-    with pytest.raises(CorruptDataError, match="repair or remove it"):
+    with pytest.raises(UnreadableDataError, match="repair or remove it"):
         convert(tmp_path / "in", tmp_path / "stop.beton", on_corrupt="stop")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out.beton"]
 

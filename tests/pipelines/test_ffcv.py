@@ -13,7 +13,7 @@ from fastssl_pipelines import View, open_pipeline
 from fastssl_pipelines.engines.ffcv import FfcvPipeline
 from fastssl_pipelines.sources.beton import Beton, importing_ffcv
 from fastssl_pipelines.sources.convert import convert
-from fastssl_pipelines.sources.unreadable import CorruptDataError
+from fastssl_pipelines.sources.unreadable import UnreadableDataError
 from tests.helpers.requires import needs
 
 pytestmark = needs("ffcv")
@@ -184,12 +184,12 @@ def test_a_broken_row_is_named(beton: Path, tmp_path: Path) -> None:
     pipeline = opened(path, batch_size=24, quota=0.1)
     for epoch in (0, 1):
         assert 7 not in next(pipeline.epoch(epoch)).index
-    assert list(pipeline.corrupt.reasons) == [f"{path}: image 7"]
+    assert list(pipeline.unreadable.reasons) == [f"{path}: image 7"]
     for options, message in (
         ({"on_corrupt": "stop"}, "image 7 cannot be read"),
         ({"quota": 0.01}, "1 of 24 images are unreadable, more than the quota"),
     ):
-        with pytest.raises(CorruptDataError, match=message):
+        with pytest.raises(UnreadableDataError, match=message):
             next(opened(path, batch_size=24, **options).epoch(0))
 
 

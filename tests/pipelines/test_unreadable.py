@@ -19,7 +19,7 @@ from fastssl_pipelines.augment import as_images, views_of
 from fastssl_pipelines.sources.convert import convert
 from fastssl_pipelines.sources.doctor import diagnose
 from fastssl_pipelines.sources.image_files import UnreadableError, decode, open_encoded, plain_jpeg
-from fastssl_pipelines.sources.unreadable import Corrupt, CorruptDataError
+from fastssl_pipelines.sources.unreadable import UnreadableDataError, UnreadableImages
 from tests.helpers.expected_decode import planned
 from tests.helpers.requires import needs
 
@@ -142,7 +142,7 @@ def test_dali(scaled: bool, folder: Path, caplog: pytest.LogCaptureFixture) -> N
     encoded = open_encoded(folder)
     pipeline = opened(folder, "dali", batch_size=len(encoded), scaled=scaled)
     batches = [next(pipeline.epoch(epoch)) for epoch in (0, 1)]
-    reasons = {base(name): reason for name, reason in pipeline.corrupt.reasons.items()}  # type: ignore[attr-defined]
+    reasons = {base(name): reason for name, reason in pipeline.unreadable.reasons.items()}  # type: ignore[attr-defined]
     assert set(reasons) == set(REFUSED)
     assert all(REFUSED[name] in reason for name, reason in reasons.items())
     for name in REFUSED:
@@ -209,11 +209,11 @@ def test_doctor(folder: Path) -> None:
 def test_stop_and_quota(engine: str, folder: Path) -> None:
     count = len(READ) + len(REFUSED)
     with pytest.raises(
-        CorruptDataError, match=r"\.jpg cannot be read as an image \(.*\); repair or remove it"
+        UnreadableDataError, match=r"\.jpg cannot be read as an image \(.*\); repair or remove it"
     ):
         list(opened(folder, engine, batch_size=count, on_corrupt="stop").epoch(0))
     with pytest.raises(
-        CorruptDataError, match="1 of 35 images are unreadable, more than the quota"
+        UnreadableDataError, match="1 of 35 images are unreadable, more than the quota"
     ):
         list(opened(folder, engine, batch_size=count, quota=0.01).epoch(0))
     within = opened(folder, engine, batch_size=count, quota=len(REFUSED) / count)
@@ -222,7 +222,7 @@ def test_stop_and_quota(engine: str, folder: Path) -> None:
 
 def test_a_batch_without_images(folder: Path) -> None:
     files = [folder / "empty.jpg", folder / "text.jpg"]
-    with pytest.raises(CorruptDataError, match="a whole batch is unreadable"):
+    with pytest.raises(UnreadableDataError, match="a whole batch is unreadable"):
         list(opened(files, "dali", batch_size=2).epoch(0))
 
 
@@ -232,7 +232,7 @@ def test_a_file_that_vanishes(folder: Path, tmp_path: Path) -> None:
     pipeline = opened(tmp_path, "dali", batch_size=2)
     (tmp_path / "b.jpg").unlink()
     assert next(pipeline.epoch(0)).index.tolist() == [0]
-    (reason,) = pipeline.corrupt.reasons.values()  # type: ignore[attr-defined]
+    (reason,) = pipeline.unreadable.reasons.values()  # type: ignore[attr-defined]
     assert reason == "the file cannot be opened: No such file or directory"
 
 
@@ -248,7 +248,7 @@ def test_dali_recovers(scaled: bool, folder: Path) -> None:
         for step in range(6):
             try:
                 batches.append(next(pipeline.epoch(epoch, skip=step)))
-            except CorruptDataError:
+            except UnreadableDataError:
                 continue
         assert sorted(int(batch.index) for batch in batches) == [0, 1, 3, 4, 5]
     pairs = opened(files, "dali", batch_size=2, scaled=scaled)
@@ -262,12 +262,12 @@ def test_patches_need_large_enough_images(folder: Path) -> None:
     files = [folder / "hopper_gray.jpg", folder / "icc-after-SOF.jpg"]
     pipeline = opened(files, "dali", batch_size=2, views=(View(size=8, patch=64),))
     assert next(pipeline.epoch(0)).index.tolist() == [0]
-    (reason,) = pipeline.corrupt.reasons.values()  # type: ignore[attr-defined]
+    (reason,) = pipeline.unreadable.reasons.values()  # type: ignore[attr-defined]
     assert reason == "10 x 10 pixels: these views need at least 64 x 64"
 
 
 def test_corrupt_mistakes() -> None:
     with pytest.raises(ValueError, match="choose 'skip' or 'stop'"):
-        Corrupt(3, on_corrupt="ignore")  # type: ignore[arg-type]
+        UnreadableImages(3, on_corrupt="ignore")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="quota is 2"):
-        Corrupt(3, quota=2)
+        UnreadableImages(3, quota=2)

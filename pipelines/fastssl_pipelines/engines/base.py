@@ -13,7 +13,7 @@ from fastssl_pipelines.augment import Quality
 from fastssl_pipelines.spec import View
 
 
-class Epochs:
+class ShuffledEpochs:
     """Batches of `count` images, shuffled anew in each epoch. ValueError says which argument is
     wrong."""
 

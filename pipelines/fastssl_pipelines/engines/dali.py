@@ -30,7 +30,7 @@ from fastssl_pipelines.augment import Images, Params
 from fastssl_pipelines.engines.dali_operators import APPROXIMATIONS, DaliRender, empty_pipeline
 from fastssl_pipelines.engines.streaming import (
     Buffer,
-    DecodedPipeline,
+    StreamingPipeline,
     places,
     uploaded,
 )
@@ -76,15 +76,15 @@ class Running:
     decoded: "list[Any] | None"  # what DALI will fill in; None where it has nothing to do
 
 
-class DaliPipeline(DecodedPipeline):
+class DaliPipeline(StreamingPipeline):
     """A `Pipeline` over encoded images; see `open_pipeline`. Needs `pip install
     fastssl-torch[dali]`.
 
     source: what `open_encoded` takes. threads: of DALI and of the readers, each; by default one per
     core. oriented: turn images as their EXIF tag says; by default it is ignored, as in torchvision.
-    scaled, by default True: see `DecodedPipeline`; on a GPU it has no effect. render: who makes the
-    views. "fastssl" as every engine; "dali" with DALI's own operators, which approximate (see
-    `dali_operators.py`) and say so once, in the log.
+    scaled, on_corrupt, quota: see `StreamingPipeline`; on a GPU `scaled` has no effect. render:
+    "fastssl" renders the views as every engine does; "dali" uses DALI's own operators, which
+    approximate (see `dali_operators.py`), and logs that once.
     """
 
     def __init__(
@@ -207,7 +207,7 @@ class DaliPipeline(DecodedPipeline):
             if isinstance(x, Jpeg):
                 x = next(from_dali if x.shrink == 1 else from_pillow)
             if isinstance(x, UnreadableError):
-                self.corrupt.add(self.encoded.names[i], str(x))
+                self.unreadable.add(self.encoded.names[i], str(x))
             else:
                 images.append(x)
                 kept.append(i)

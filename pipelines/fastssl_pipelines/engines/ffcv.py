@@ -20,7 +20,7 @@ from fastssl_pipelines import rng
 from fastssl_pipelines.augment import Images
 from fastssl_pipelines.engines.streaming import (
     Buffer,
-    DecodedPipeline,
+    StreamingPipeline,
     places,
 )
 from fastssl_pipelines.prefetch import in_chunks, prefetch, results
@@ -41,7 +41,7 @@ class Decoding:
     chunks: "list[Future[list[str]]]"
 
 
-class FfcvPipeline(DecodedPipeline):
+class FfcvPipeline(StreamingPipeline):
     """A `Pipeline` over a .beton file; see `open_pipeline`. Needs `pip install
     fastssl-torch[ffcv]`.
 
@@ -52,7 +52,7 @@ class FfcvPipeline(DecodedPipeline):
     order: "quasi_random" shuffles pages, and images within windows of WINDOW pages, for files that
     do not fit in memory: reading stays nearly sequential, and class-sorted files mix less.
     os_cache: read through the page cache, or (False) with reads that leave nothing behind in it.
-    scaled, by default True: see `DecodedPipeline`; images stored as pixels keep their size.
+    scaled, by default True: see `StreamingPipeline`; images stored as pixels keep their size.
     """
 
     def __init__(
@@ -112,6 +112,6 @@ class FfcvPipeline(DecodedPipeline):
         reasons = results(batch.chunks)
         for i, reason in zip(batch.index.tolist(), reasons, strict=True):
             if reason:
-                self.corrupt.add(self.beton.names[i], reason)
+                self.unreadable.add(self.beton.names[i], reason)
         kept = torch.tensor([not reason for reason in reasons])
         return batch.buffer.images(batch.flat, batch.place[kept]), batch.index[kept]

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from fastssl_pipelines.augment import Images, Quality, as_images, views_of
-from fastssl_pipelines.engines.base import Epochs
+from fastssl_pipelines.engines.base import ShuffledEpochs
 from fastssl_pipelines.prefetch import prefetch
 from fastssl_pipelines.spec import Batch, View
 
 AHEAD = 2  # batches rendered before they are asked for
 
 
-class ResidentPipeline(Epochs):
+class ResidentPipeline(ShuffledEpochs):
     """A `Pipeline` over images held in memory; see `open_pipeline`."""
 
     def __init__(

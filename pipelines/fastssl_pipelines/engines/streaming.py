@@ -13,9 +13,14 @@ import torch
 from torch import Tensor
 
 from fastssl_pipelines.augment import Images, Quality, draw, views_of
-from fastssl_pipelines.engines.base import Epochs
+from fastssl_pipelines.engines.base import ShuffledEpochs
 from fastssl_pipelines.sources.image_files import SMALLEST
-from fastssl_pipelines.sources.unreadable import QUOTA, Corrupt, CorruptDataError, OnCorrupt
+from fastssl_pipelines.sources.unreadable import (
+    QUOTA,
+    OnCorrupt,
+    UnreadableDataError,
+    UnreadableImages,
+)
 from fastssl_pipelines.spec import Batch, View
 
 SHRINKS = (2, 4, 8)  # what libjpeg's DCT scaling divides sides by
@@ -65,7 +70,7 @@ def places(sizes: Sequence[tuple[int, int]] | Tensor) -> Tensor:
     return torch.stack([length.cumsum(0) - length, *size.unbind(1)], dim=1)
 
 
-class DecodedPipeline(Epochs, ABC):
+class StreamingPipeline(ShuffledEpochs, ABC):
     """A `Pipeline` whose batches are decoded while their predecessors are in use.
 
     An unreadable image is left out of its batch, which is then shorter; it is never replaced. So
@@ -101,7 +106,7 @@ class DecodedPipeline(Epochs, ABC):
         )
         self.device, self.scaled = torch.device(device), scaled
         self.smallest = max([SMALLEST, *(view.patch or 1 for view in views)])  # px, of an image
-        self.corrupt = Corrupt(count, on_corrupt, quota)
+        self.unreadable = UnreadableImages(count, on_corrupt, quota)
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
         """Batches `skip` to the last of epoch `epoch`."""
@@ -111,7 +116,9 @@ class DecodedPipeline(Epochs, ABC):
         with closing(self._decoded(order, epoch)) as decoded:
             for images, index in decoded:
                 if len(index) == 0:
-                    raise CorruptDataError("a whole batch is unreadable; `fastssl doctor` says why")
+                    raise UnreadableDataError(
+                        "a whole batch is unreadable; `fastssl doctor` says why"
+                    )
                 yield self._batch(images, index, epoch)
 
     def _batch(self, images: Images, index: Tensor, epoch: int) -> Batch:

@@ -35,7 +35,7 @@ from fastssl_pipelines.sources.image_files import (
     open_encoded,
     plain_jpeg,
 )
-from fastssl_pipelines.sources.unreadable import QUOTA, Corrupt, OnCorrupt
+from fastssl_pipelines.sources.unreadable import QUOTA, OnCorrupt, UnreadableImages
 
 HEADER = 128  # bytes of an .npy header, which is written last
 SHARD_BYTES = 2**30  # of images in one tar
@@ -97,11 +97,11 @@ def convert(
     kind = _kind(target, size, images)
     if target.exists():
         raise ValueError(f"{target} exists; remove it, or choose another target")
-    corrupt = Corrupt(len(images), on_corrupt, quota)
+    unreadable = UnreadableImages(len(images), on_corrupt, quota)
     settings = [kind, size, quality, images.fingerprint()]
     with _staging(target, settings) as part:
         records = _stage(images, part, kind, size, quality, workers or os.cpu_count() or 1,
-                         corrupt, progress)  # fmt: skip
+                         unreadable, progress)  # fmt: skip
         good = [record for record in records if not record.reason]
         if not good:
             raise ValueError(f"no image of {source} can be read; `fastssl doctor` says why")
@@ -175,14 +175,14 @@ def _stage(
     size: int | None,
     quality: int,
     workers: int,
-    corrupt: Corrupt,
+    unreadable: UnreadableImages,
     progress: Progress,
 ) -> list[Record]:
     """Records of all images, whose bytes are then in `part`/data."""
     records = _recorded(part)
     for record in records:
         if record.reason:
-            corrupt.add(record.name, record.reason)
+            unreadable.add(record.name, record.reason)
     end = max([HEADER if kind == "npy" else 0, *(r.offset + r.length for r in records)])
     data_path = part / "data"
     data_path.touch()
@@ -200,7 +200,7 @@ def _stage(
         todo = range(len(records), len(images))
         for record, stored in prefetch(todo, submit, lambda future: future.result(), 4 * workers):
             if record.reason:
-                corrupt.add(record.name, record.reason)
+                unreadable.add(record.name, record.reason)
             records.append(Record(**{**asdict(record), "offset": data.tell()}))
             data.write(stored)
             data.flush()

@@ -9,15 +9,15 @@ OnCorrupt = Literal["skip", "stop"]
 QUOTA = 0.01  # share of the data set
 
 
-class CorruptDataError(ValueError):
+class UnreadableDataError(ValueError):
     """Training must not go on without these images."""
 
 
-class Corrupt:
+class UnreadableImages:
     """The unreadable images of a data set: `reasons[name]` says why.
 
     on_corrupt: "skip" leaves an image out of its batch, until more than the share `quota` of the
-    data is unreadable; "stop" raises CorruptDataError at the first one.
+    data is unreadable; "stop" raises UnreadableDataError at the first one.
     """
 
     def __init__(self, total: int, on_corrupt: OnCorrupt = "skip", quota: float = QUOTA) -> None:
@@ -29,16 +29,16 @@ class Corrupt:
         self.reasons: dict[str, str] = {}
 
     def add(self, name: str, reason: str) -> None:
-        """Note one unreadable image. CorruptDataError where that is one too many."""
+        """Note one unreadable image. UnreadableDataError where that is one too many."""
         if name in self.reasons:
             return
         self.reasons[name] = reason
         what = f"{name} cannot be read as an image ({reason})"
         if self.on_corrupt == "stop":
-            raise CorruptDataError(f"{what}; repair or remove it, or leave such images out")
+            raise UnreadableDataError(f"{what}; repair or remove it, or leave such images out")
         if len(self.reasons) > self.quota * self.total:
             count = f"{len(self.reasons)} of {self.total} images are unreadable"
             quota = f"more than the quota of {self.quota:.2%}"
             remedy = "repair or remove it, and what else `fastssl doctor` lists"
-            raise CorruptDataError(f"{what}; {count}, {quota}; {remedy}")
+            raise UnreadableDataError(f"{what}; {count}, {quota}; {remedy}")
         log.warning("left out: %s", what)
