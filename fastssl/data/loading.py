@@ -49,24 +49,7 @@ def choose_device(name: str) -> torch.device:
 def build_views(config: Config) -> tuple[View, ...]:
     """The views of `config.policy`; ValueError lists the policies, or says that a policy fixes its
     own views."""
-    size, count = config.image_size, config.views
-    by_name: dict[str, Callable[[], tuple[View, ...]]] = {
-        "simclr": lambda: policies.simclr(count, size),
-        "simclr_cifar": lambda: policies.simclr_cifar(count, size),
-        "mocov2": lambda: policies.mocov2(count, size),
-        "byol": lambda: policies.byol(size),
-        "emp_ssl": lambda: policies.emp_ssl(count, size),
-        "diet_cifar": lambda: policies.diet_cifar(count, size),
-        "multiview_cifar": lambda: policies.multiview_cifar(count, size),
-        "digits": lambda: policies.digits(count, size),
-    }
-    if config.policy not in by_name:
-        raise ValueError(f"unknown --policy {config.policy!r}; there are {', '.join(by_name)}")
-    views = by_name[config.policy]()
-    if len(views) != count:
-        raise ValueError(
-            f"--policy {config.policy} has {len(views)} views, --views is {count}; make them equal"
-        )
+    views = policies.policy_views(config.policy, config.views, config.image_size)
     return tuple(replace(view, channels_last=config.channels_last) for view in views)
 
 

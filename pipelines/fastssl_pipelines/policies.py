@@ -6,6 +6,7 @@ numbers counts. `dataclasses.replace(view, dtype=torch.bfloat16, channels_last=T
 a trainer.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from fastssl_pipelines.spec import View
@@ -86,24 +87,30 @@ def vicreg(size: int = 224) -> Views:
     return byol(size)
 
 
-def swav(local: int = 6) -> Views:
-    """SwAV (arXiv:2006.09882, appendix A): 2 x 224 of .14-1 and `local` x 96 of .05-.14."""
+def swav(local: int = 6, size: int = 224) -> Views:
+    """SwAV (arXiv:2006.09882, appendix A): 2 x 224 of .14-1 and `local` x 96 of .05-.14.
+
+    size: of the two global views; the local ones keep the published ratio of sides.
+    """
     big = View(
-        size=224,
+        size=size,
         scale=(0.14, 1.0),
         jitter=(0.8, 0.8, 0.8, 0.2),
         jitter_p=0.8,
         gray=0.2,
         blur=0.5,
     )
-    return (big,) * 2 + (replace(big, size=96, scale=(0.05, 0.14)),) * local
+    small = replace(big, size=_local_side(96, size), scale=(0.05, 0.14))
+    return (big,) * 2 + (small,) * local
 
 
-def dino(local: int = 8) -> Views:
-    """DINO (arXiv:2104.14294; `main_dino.py`): 2 x 224 of .4-1 and `local` x 96 of .05-.4,
-    bicubic."""
+def dino(local: int = 8, size: int = 224) -> Views:
+    """DINO (arXiv:2104.14294; `main_dino.py`): 2 x 224 of .4-1 and `local` x 96 of .05-.4, bicubic.
+
+    size: of the two global views; the local ones keep the published ratio of sides.
+    """
     base = View(
-        size=224,
+        size=size,
         scale=(0.4, 1.0),
         interpolation="bicubic",
         jitter=(0.4, 0.4, 0.2, 0.1),
@@ -113,19 +120,22 @@ def dino(local: int = 8) -> Views:
     return (
         replace(base, blur=1.0),
         replace(base, blur=0.1, solarize=0.2),
-        *(replace(base, size=96, scale=(0.05, 0.4), blur=0.5),) * local,
+        *(replace(base, size=_local_side(96, size), scale=(0.05, 0.4), blur=0.5),) * local,
     )
 
 
-def dinov2(local: int = 8, local_size: int = 98) -> Views:
+def dinov2(local: int = 8, local_size: int | None = None, size: int = 224) -> Views:
     """DINOv2 (arXiv:2304.07193; `data/augmentations.py`) as it ran, 2 x 224 of .32-1 and `local` of
     .05-.32.
+
+    size: of the two global views. local_size: None keeps the published ratio of 98 to 224.
 
     Its blur class hands 1 - p to RandomApply (facebookresearch/dinov2 PR 411), so that the written
     probabilities 1, 0.1 and 0.5 became 0, 0.9 and 0.5: these are the ones here.
     """
+    side = _local_side(98, size) if local_size is None else local_size
     base = View(
-        size=224,
+        size=size,
         scale=(0.32, 1.0),
         interpolation="bicubic",
         jitter=(0.4, 0.4, 0.2, 0.1),
@@ -135,7 +145,7 @@ def dinov2(local: int = 8, local_size: int = 98) -> Views:
     return (
         replace(base, blur=0.0),
         replace(base, blur=0.9, solarize=0.2),
-        *(replace(base, size=local_size, scale=(0.05, 0.32), blur=0.5),) * local,
+        *(replace(base, size=side, scale=(0.05, 0.32), blur=0.5),) * local,
     )
 
 
@@ -206,3 +216,38 @@ def digits(views: int = 2, size: int = 16) -> Views:
         std=HALF,
     )
     return (view,) * views
+
+
+_PUBLISHED = (
+    simclr, simclr_cifar, mocov2, byol, barlow_twins, vicreg, swav, dino, dinov2, emp_ssl,
+    diet_cifar, multiview_cifar, multiview_stl, mae, digits,
+)  # fmt: skip
+POLICIES: dict[str, Callable[..., Views]] = {policy.__name__: policy for policy in _PUBLISHED}
+MULTI_CROP = frozenset({"swav", "dino", "dinov2"})  # two global views, the others local
+FIXED = frozenset({"byol", "barlow_twins", "vicreg", "mae"})  # the policy has its number of views
+
+
+def policy_views(name: str, views: int, size: int) -> Views:
+    """The policy called `name` with `views` views in all, whose full-size ones have side `size`.
+
+    Multi-crop policies have two full-size views; the sides of the others scale with `size`.
+    ValueError where there is no such policy, or where it cannot have `views` views.
+    """
+    if name not in POLICIES:
+        raise ValueError(f"unknown --policy {name!r}; there are {', '.join(POLICIES)}")
+    policy = POLICIES[name]
+    if name in MULTI_CROP:
+        if views < 2:
+            raise ValueError(f"--policy {name} has 2 global views, --views is {views}: at least 2")
+        return policy(local=views - 2, size=size)
+    chosen = policy(size=size) if name in FIXED else policy(views=views, size=size)
+    if len(chosen) != views:
+        raise ValueError(
+            f"--policy {name} has {len(chosen)} views, --views is {views}; make them equal"
+        )
+    return chosen
+
+
+def _local_side(published: int, size: int) -> int:
+    """The side of a local view where the global side is `size` in place of the published 224."""
+    return max(1, round(published * size / 224))
