@@ -32,7 +32,7 @@ def draw_contact_sheet(images: Any, views: Sequence[View], seed: int, path: str 
         _show(axes[i][0], source, f"{source.shape[0]} x {source.shape[1]} px")
     for v, view in enumerate(views):
         plain = replace(view, mean=(0, 0, 0), std=(1, 1, 1), dtype=torch.float32)
-        params = draw(plain, seed, 0, index, v, pool.place[:, 1], pool.place[:, 2])
+        params = draw(plain, seed, 0, index, v, pool.layout[:, 1], pool.layout[:, 2])
         pictures = render(pool, params, plain).permute(0, 2, 3, 1).clamp(0, 1)
         for i in range(pool.count):
             _show(axes[i][1 + v], pictures[i], _describe(params, i))

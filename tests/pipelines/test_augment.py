@@ -58,8 +58,8 @@ def small(photos: list[Tensor]) -> Images:
 
 
 def table_of(images: Images, view: View, seed: int = 0, number: int = 0) -> Tensor:
-    index = torch.arange(images.count, device=images.place.device)
-    return reference.draw((view,), seed, 2, index, images.place, number)
+    index = torch.arange(images.count, device=images.layout.device)
+    return reference.draw((view,), seed, 2, index, images.layout, number)
 
 
 def where_it_runs(back_end: str) -> str:
@@ -298,7 +298,7 @@ def test_every_back_end_honours_every_field(small, field, back_end):
     changed = replace(view, **{field: CHANGES[field]})
     engine = BACK_ENDS[back_end]
     before, after = (
-        engine.render(few, engine.draw((v,), 0, 2, index, few.place, 0), v, "exact")[0]
+        engine.render(few, engine.draw((v,), 0, 2, index, few.layout, 0), v, "exact")[0]
         for v in (view, changed)
     )
     traits = [(x.shape, x.dtype, x.stride()) for x in (before, after)]
@@ -388,17 +388,17 @@ def test_three_compilers_draw_the_same_bits(back_end):
     rng = np.random.default_rng(0)
     index = torch.tensor(rng.integers(0, 2**40, 300))
     sizes = torch.tensor(rng.integers(2, 3000, (300, 2)))
-    place = torch.cat([torch.zeros(300, 1, dtype=torch.int64), sizes], 1)
+    layout = torch.cat([torch.zeros(300, 1, dtype=torch.int64), sizes], 1)
     stretched = replace(EVERYTHING, scale=(0.5, 1.0), ratio=(1.0, 3.0), size=96)
     key = ((EVERYTHING, stretched, replace(EVERYTHING, patch=2)), 2**32 - 1, 12345)
     device = where_it_runs(back_end)
-    got = BACK_ENDS[back_end].draw(*key, index.to(device), place.to(device), 4)
-    assert torch.equal(got.cpu(), reference.draw(*key, index, place, 4))
+    got = BACK_ENDS[back_end].draw(*key, index.to(device), layout.to(device), 4)
+    assert torch.equal(got.cpu(), reference.draw(*key, index, layout, 4))
 
 
 POINTERS = {
     "flat_ptr": "*u8",
-    "place_ptr": "*i64",
+    "layout_ptr": "*i64",
     "table_ptr": "*fp32",
     "color_ptr": "*fp32",
     "numbers_ptr": "*fp64",
@@ -431,14 +431,14 @@ def render_kernels(cc: int) -> list[Kernel]:
                     1,
                 )
             )
-    unused = ("flat_ptr", "place_ptr", "color_ptr")
+    unused = ("flat_ptr", "layout_ptr", "color_ptr")
     blur = {name: t for name, t in POINTERS.items() if name not in unused} | bytes_
     kernels.append(Kernel(f"{MODULE}:_blur_kernel", blur, tile, cc, cuda.WARPS, 1))
     return kernels
 
 
 def draw_kernel(cc: int) -> Kernel:
-    signature = {"table_ptr": "*fp32", "index_ptr": "*i64", "place_ptr": "*i64"}
+    signature = {"table_ptr": "*fp32", "index_ptr": "*i64", "layout_ptr": "*i64"}
     signature |= {"numbers_ptr": "*fp64", "key_ptr": "*i64", "first": "i32", "N": "i32"}
     numbers = len(sample_params.view_numbers(EVERYTHING))
     sizes = {"COLUMNS": COLUMNS, "NUMBERS": numbers, "BLOCK": cuda.DRAW_BLOCK}

@@ -47,7 +47,7 @@ def opened(source: Any, **changes: Any) -> Pipeline:
 def both(images: Images, views: list[View]) -> list[tuple[Tensor, Tensor]]:
     """(DALI's, fastssl's) renders of each view in levels of 255, all drawn as view 0, in DALI's
     order of jitter."""
-    index, (_, height, width) = torch.arange(images.count), images.place.unbind(1)
+    index, (_, height, width) = torch.arange(images.count), images.layout.unbind(1)
     engine = DaliRender(
         views, "exact", batch_size=images.count, threads=1, device=torch.device("cpu")
     )

@@ -41,8 +41,8 @@ def draw(
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed is {seed}: it must lie in [0, 2^32)")
     sizes = (torch.as_tensor(x, device=index.device).expand(len(index)) for x in (height, width))
-    place = torch.stack([torch.zeros_like(index), *sizes], dim=1)
-    return Params(_back_end(index).draw((view,), seed, epoch, index, place, view_number)[0])
+    layout = torch.stack([torch.zeros_like(index), *sizes], dim=1)
+    return Params(_back_end(index).draw((view,), seed, epoch, index, layout, view_number)[0])
 
 
 def render(images: Images, params: Params, view: View, quality: Quality = "exact") -> Tensor:
@@ -68,7 +68,7 @@ def views_of(
     Neighbouring views of one look are rendered together and are slices of one tensor.
     """
     back_end = _back_end(images.flat)
-    table = back_end.draw(tuple(views), seed, epoch, index, images.place, 0)
+    table = back_end.draw(tuple(views), seed, epoch, index, images.layout, 0)
     rendered: list[Tensor] = []
     for _, run in groupby(views, key=_look):
         alike = list(run)

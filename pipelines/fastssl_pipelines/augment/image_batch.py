@@ -22,26 +22,26 @@ class Images:
     """RGB uint8 images: image i is `height * width * 3` bytes of `flat`, from `offset` on."""
 
     flat: Tensor  # uint8
-    place: Tensor  # (M, 3) int64: offset, height, width of each
-    same: bool  # whether all have one size
+    layout: Tensor  # (M, 3) int64: offset, height, width of each
+    same_size: bool  # whether all have one size
 
     @property
     def count(self) -> int:
-        return len(self.place)
+        return len(self.layout)
 
     def select(self, index: Tensor) -> "Images":
         """The images at `index` (N,): no pixel is copied."""
-        return replace(self, place=self.place[index])
+        return replace(self, layout=self.layout[index])
 
     def to(self, device: torch.device | str) -> "Images":
         """These images on `device`; ValueError where it has no room for them."""
         if self.flat.device.type != torch.device(device).type:
             _require_room(self.count, self.flat.nbytes, torch.device(device))
-        return replace(self, flat=self.flat.to(device), place=self.place.to(device))
+        return replace(self, flat=self.flat.to(device), layout=self.layout.to(device))
 
     def pixels(self, i: int) -> Tensor:
         """(H, W, 3) of image i."""
-        start, height, width = self.place[i].tolist()
+        start, height, width = self.layout[i].tolist()
         return self.flat[start : start + height * width * 3].view(height, width, 3)
 
 
@@ -57,7 +57,8 @@ def as_images(source: Any) -> Images:
         pixels = _tensor(source)
         _check(pixels.shape, pixels.dtype, 4, "source")
         count, height, width, _ = pixels.shape
-        return _lay(pixels.reshape(-1), [height] * count, [width] * count)
+        layout = layout_of(torch.tensor([[height, width]]).expand(count, 2))
+        return Images(pixels.reshape(-1), layout.to(pixels.device), same_size=True)
     if not isinstance(source, Sequence) or len(source) == 0:
         raise ValueError(f"source is {type(source).__name__} without images; {WANTED}")
     tensors = [_tensor(image) for image in source]
@@ -65,7 +66,8 @@ def as_images(source: Any) -> Images:
         _check(image.shape, image.dtype, 3, f"source[{i}]")
     _require_room(len(tensors), sum(t.nbytes for t in tensors), tensors[0].device)
     flat = torch.cat([image.reshape(-1) for image in tensors])
-    return _lay(flat, [t.shape[0] for t in tensors], [t.shape[1] for t in tensors])
+    layout = layout_of([(t.shape[0], t.shape[1]) for t in tensors])
+    return Images(flat, layout.to(flat.device), is_one_size(layout))
 
 
 def _tensor(pixels: Any) -> Tensor:
@@ -74,12 +76,17 @@ def _tensor(pixels: Any) -> Tensor:
         return torch.as_tensor(pixels)
 
 
-def _lay(flat: Tensor, heights: list[int], widths: list[int]) -> Images:
-    height, width = torch.tensor(heights), torch.tensor(widths)
-    size = height * width * 3
-    place = torch.stack([size.cumsum(0) - size, height, width], dim=1)
-    same = bool((place[:, 1:] == place[0, 1:]).all())
-    return Images(flat, place.to(flat.device), same)
+def layout_of(sizes: Sequence[tuple[int, int]] | Tensor) -> Tensor:
+    """Offset, height and width of images of these sizes (N, 2), stored back to back. -> (N, 3)
+    int64"""
+    size = torch.as_tensor(sizes, dtype=torch.int64).reshape(-1, 2)
+    length = 3 * size.prod(1)
+    return torch.stack([length.cumsum(0) - length, *size.unbind(1)], dim=1)
+
+
+def is_one_size(layout: Tensor) -> bool:
+    """Whether all images of a layout (N, 3) have one size."""
+    return bool((layout[:, 1:] == layout[:1, 1:]).all())
 
 
 def _require_room(count: int, needed: int, device: torch.device) -> None:

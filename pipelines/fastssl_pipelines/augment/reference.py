@@ -20,14 +20,14 @@ BLUR_REACH = 3.5  # the blur is cut off at this many sigma, where 0.05 % of the 
 
 
 def draw(
-    views: Sequence[View], seed: int, epoch: int | Tensor, index: Tensor, place: Tensor, first: int
+    views: Sequence[View], seed: int, epoch: int | Tensor, index: Tensor, layout: Tensor, first: int
 ) -> Tensor:
     """The parameters of `views`, numbered from `first` on. -> (V, N, columns)
 
-    index: (N,) int64, what the samples are called. place: (N, 3), `Images.place`.
+    index: (N,) int64, what the samples are called. layout: (N, 3), `Images.layout`.
     """
     table = torch.empty(len(views), len(index), len(sample_params.COLUMNS), device=index.device)
-    height, width = place[:, 1].double(), place[:, 2].double()
+    height, width = layout[:, 1].double(), layout[:, 2].double()
     for v, view in enumerate(views):
         number = torch.full_like(index, first + v)
         numbers = sample_params.view_numbers(view)
@@ -40,14 +40,14 @@ def render(images: Images, table: Tensor, view: View, quality: str) -> Tensor:
 
     table: (G, N, columns). Size, interpolation, normalisation, dtype and layout are `view`'s.
     """
-    layout = torch.channels_last if view.channels_last else torch.contiguous_format
+    order = torch.channels_last if view.channels_last else torch.contiguous_format
     groups = (_render_group(images, rows, view, quality) for rows in table)
-    return torch.stack([group.to(view.dtype, memory_format=layout) for group in groups])
+    return torch.stack([group.to(view.dtype, memory_format=order) for group in groups])
 
 
 def _render_group(images: Images, rows: Tensor, view: View, quality: str) -> Tensor:
     """(N, columns) -> (N, 3, S, S) float32"""
-    if images.same:
+    if images.same_size:
         return _render(_gather(images), rows, view, quality)
     single = [images.pixels(i)[None] for i in range(len(rows))]
     pairs = zip(single, rows.split(1), strict=True)
@@ -56,9 +56,9 @@ def _render_group(images: Images, rows: Tensor, view: View, quality: str) -> Ten
 
 def _gather(images: Images) -> Tensor:
     """(N, H, W, 3), images all of one size."""
-    _, height, width = images.place[0].tolist()
+    _, height, width = images.layout[0].tolist()
     span = torch.arange(height * width * 3, device=images.flat.device)
-    return images.flat[images.place[:, :1] + span].view(-1, height, width, 3)
+    return images.flat[images.layout[:, :1] + span].view(-1, height, width, 3)
 
 
 def _render(image: Tensor, row: Tensor, view: View, quality: str) -> Tensor:

@@ -27,11 +27,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastssl_pipelines.augment import Images, Params
+from fastssl_pipelines.augment.image_batch import layout_of
 from fastssl_pipelines.engines.dali_operators import APPROXIMATIONS, DaliRender, empty_pipeline
 from fastssl_pipelines.engines.streaming import (
     Buffer,
     StreamingPipeline,
-    places,
     uploaded,
 )
 from fastssl_pipelines.prefetch import in_chunks, prefetch, results
@@ -225,18 +225,18 @@ class DaliPipeline(StreamingPipeline):
 def _lay(images: Sequence[Any], buffer: Buffer, flat: Tensor | None) -> Images:
     """(H, W, 3) arrays, or tensors on the GPU, one behind the other; where they already lie so, in
     `flat`, nothing is copied."""
-    place = places([(x.shape[0], x.shape[1]) for x in images])
+    layout = layout_of([(x.shape[0], x.shape[1]) for x in images])
     if flat is not None:
-        return buffer.images(flat, place)
+        return buffer.images(flat, layout)
     if buffer.device.type == "cuda":
         none = torch.empty(0, dtype=torch.uint8, device=buffer.device)
         parts = [torch.as_tensor(x).to(buffer.device).reshape(-1) for x in images]
-        return buffer.images(torch.cat([none, *parts]), place)
-    flat = buffer.take(int(3 * place[:, 1:].prod(1).sum()))
+        return buffer.images(torch.cat([none, *parts]), layout)
+    flat = buffer.reserve(layout)
     pixels = flat.numpy()
-    for x, start in zip(images, place[:, 0].tolist(), strict=True):
+    for x, start in zip(images, layout[:, 0].tolist(), strict=True):
         pixels[start : start + x.size] = x.reshape(-1)
-    return buffer.images(flat, place)
+    return buffer.images(flat, layout)
 
 
 class _Dali:

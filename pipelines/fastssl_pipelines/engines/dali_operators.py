@@ -113,7 +113,7 @@ class DaliRender:
         self, images: Images, seed: int, epoch: int, index: Tensor
     ) -> tuple[list[Tensor], tuple[Params, ...]]:
         """All views of `images` (N), called `index` (N,): V tensors (N, C, S, S), V `Params`."""
-        index, sizes = index.cpu(), images.place[:, 1:].cpu().unbind(1)
+        index, sizes = index.cpu(), images.layout[:, 1:].cpu().unbind(1)
         params = tuple(
             _in_order(draw(view, seed, epoch, index, v, *sizes))
             for v, view in enumerate(self.views)
@@ -124,9 +124,9 @@ class DaliRender:
         """The views of `images` (N) that `params` (V, on the CPU) describe. -> V (N, C, S, S)"""
         cuda = self._device.type == "cuda"
         flat = images.flat if cuda else images.flat.numpy()  # of a tensor DALI asks its GPU stream
-        place = images.place.tolist()
+        layout = images.layout.tolist()
         self._pipe.feed_input(
-            "images", [flat[at : at + h * w * 3].reshape(h, w, 3) for at, h, w in place]
+            "images", [flat[at : at + h * w * 3].reshape(h, w, 3) for at, h, w in layout]
         )
         for v, (view, drawn) in enumerate(zip(self.views, params, strict=True)):
             arguments = _arguments(view, drawn)

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from fastssl_pipelines import rng
 from fastssl_pipelines.augment import Images
+from fastssl_pipelines.augment.image_batch import layout_of
 from fastssl_pipelines.engines.streaming import (
     Buffer,
     StreamingPipeline,
-    places,
 )
 from fastssl_pipelines.prefetch import in_chunks, prefetch, results
 from fastssl_pipelines.sources.beton import Beton
@@ -32,12 +32,12 @@ WINDOW = 16  # pages that "quasi_random" shuffles together
 
 @dataclass
 class Decoding:
-    """A batch that threads are decoding: row n of `place` will hold the image `index[n]`."""
+    """A batch that threads are decoding: row n of `layout` will hold the image `index[n]`."""
 
     index: Tensor  # (N,)
     buffer: Buffer
     flat: Tensor
-    place: Tensor  # (N, 3)
+    layout: Tensor  # (N, 3)
     chunks: "list[Future[list[str]]]"
 
 
@@ -76,8 +76,8 @@ class FfcvPipeline(StreamingPipeline):
         if self.order_kind == "random":
             return shuffled
         pages = self.beton.page[self.beton.row]
-        place = rng.permutation(int(pages.max()) + 1, self.seed, epoch).argsort()
-        window = place[pages] // WINDOW  # (M,): when the page that holds each image comes
+        rank = rng.permutation(int(pages.max()) + 1, self.seed, epoch).argsort()
+        window = rank[pages] // WINDOW  # (M,): of the page that holds each image
         return shuffled[window[shuffled].argsort(stable=True)]
 
     def _decoded(self, order: Tensor, epoch: int) -> Generator[tuple[Images, Tensor], None, None]:
@@ -95,9 +95,9 @@ class FfcvPipeline(StreamingPipeline):
         size = self.beton.size[rows]  # (N, 2)
         shrink = self._shrinks(index, epoch, size)
         shrink[self.beton.raw[rows]] = 1
-        place = places(-(-size // shrink[:, None]))
-        flat = buffer.take(int(3 * place[:, 1:].prod(1).sum()))
-        jobs = list(zip(rows.tolist(), shrink.tolist(), place[:, 0].tolist(), strict=True))
+        layout = layout_of(-(-size // shrink[:, None]))
+        flat = buffer.reserve(layout)
+        jobs = list(zip(rows.tolist(), shrink.tolist(), layout[:, 0].tolist(), strict=True))
         pixels = flat.numpy()
 
         def decode(job: tuple[int, int, int]) -> str:
@@ -105,7 +105,7 @@ class FfcvPipeline(StreamingPipeline):
             return self.beton.decode(row, factor, pixels[offset:], self.smallest)
 
         chunks = in_chunks(self._pool, self.threads, decode, jobs)
-        return Decoding(index, buffer, flat, place, chunks)
+        return Decoding(index, buffer, flat, layout, chunks)
 
     def _finish(self, batch: Decoding) -> tuple[Images, Tensor]:
         """The readable images of a batch on the device, and their indices."""
@@ -114,4 +114,4 @@ class FfcvPipeline(StreamingPipeline):
             if reason:
                 self.unreadable.add(self.beton.names[i], reason)
         kept = torch.tensor([not reason for reason in reasons])
-        return batch.buffer.images(batch.flat, batch.place[kept]), batch.index[kept]
+        return batch.buffer.images(batch.flat, batch.layout[kept]), batch.index[kept]

@@ -104,7 +104,7 @@ def _hand_over(batch: Batch, rendered: torch.cuda.Event) -> Batch:
 
 
 def _check_patches(images: Images, views: Sequence[View]) -> None:
-    side = int(images.place[:, 1:].min())
+    side = int(images.layout[:, 1:].min())
     for view in views:
         if view.patch is not None and view.patch > side:
             raise ValueError(f"View.patch is {view.patch} px: the smallest image has side {side}")

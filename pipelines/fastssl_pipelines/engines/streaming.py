@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastssl_pipelines.augment import Images, Quality, draw, views_of
+from fastssl_pipelines.augment.image_batch import is_one_size
 from fastssl_pipelines.engines.base import ShuffledEpochs
 from fastssl_pipelines.sources.image_files import SMALLEST
 from fastssl_pipelines.sources.unreadable import (
@@ -44,8 +45,9 @@ class Buffer:
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._copied: torch.cuda.Event | None = None
 
-    def take(self, size: int) -> Tensor:
-        """(size,) uint8, to be filled."""
+    def reserve(self, layout: Tensor) -> Tensor:
+        """Room for the pixels of images laid out so (N, 3), to be filled: (bytes,) uint8."""
+        size = int(3 * layout[:, 1:].prod(1).sum())
         if self._copied is not None:
             self._copied.synchronize()
         if len(self._memory) < size:
@@ -53,21 +55,13 @@ class Buffer:
             self._memory = torch.empty(size + size // 4, dtype=torch.uint8, pin_memory=pin)
         return self._memory[:size]
 
-    def images(self, flat: Tensor, place: Tensor) -> Images:
-        """What was filled in, on the device. place: (N, 3) offset, height, width"""
-        same = bool((place[:, 1:] == place[:1, 1:]).all())
-        images = Images(uploaded(flat, self.device), uploaded(place, self.device), same)
+    def images(self, flat: Tensor, layout: Tensor) -> Images:
+        """The images that lie in `flat` so, on the device. layout: (N, 3) offset, height, width"""
+        on_device = uploaded(flat, self.device), uploaded(layout, self.device)
+        images = Images(*on_device, same_size=is_one_size(layout))
         if self.device.type == "cuda":
             self._copied = torch.cuda.current_stream(self.device).record_event()
         return images
-
-
-def places(sizes: Sequence[tuple[int, int]] | Tensor) -> Tensor:
-    """Offset, height and width of images of these sizes laid one behind the other. -> (N, 3)
-    int64"""
-    size = torch.as_tensor(sizes, dtype=torch.int64).reshape(-1, 2)
-    length = 3 * size.prod(1)
-    return torch.stack([length.cumsum(0) - length, *size.unbind(1)], dim=1)
 
 
 class StreamingPipeline(ShuffledEpochs, ABC):

@@ -34,13 +34,13 @@ _calls: list[object] = []  # one entry for each call that runs now
 
 
 def draw(
-    views: Sequence[View], seed: int, epoch: int | Tensor, index: Tensor, place: Tensor, first: int
+    views: Sequence[View], seed: int, epoch: int | Tensor, index: Tensor, layout: Tensor, first: int
 ) -> Tensor:
     """`reference.draw`, bit for bit. -> (V, N, columns)"""
     columns = len(sample_params.COLUMNS)
     table = torch.empty(len(views), len(index), columns)
     numbers = np.array([sample_params.view_numbers(view) for view in views])
-    arguments = (table.view(-1, columns), index.contiguous(), place.contiguous())
+    arguments = (table.view(-1, columns), index.contiguous(), layout.contiguous())
     _share(draw_range, len(views) * len(index), DRAWS, arguments, first, seed, int(epoch), numbers)
     return table
 
@@ -58,7 +58,7 @@ def render(images: Images, table: Tensor, view: View, quality: str) -> Tensor:
         render_range,
         groups * count,
         max(1, PIXELS // size**2),
-        (images.flat, images.place.contiguous(), rows),
+        (images.flat, images.layout.contiguous(), rows),
         affine,
         colors.contiguous().numpy(),
         size,

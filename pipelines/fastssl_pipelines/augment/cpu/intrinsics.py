@@ -62,8 +62,8 @@ def _sum(builder, term, count):
 @intrinsic
 def weigh_bytes(typing, out, o, flat, i, apart, weight, j, count):
     """LANES of out from `o` on: the sum of weight[j + k] * flat[i + k * apart] over k < count."""
-    place = types.intp
-    signature = types.none(out, place, flat, place, place, weight, place, place)
+    intp = types.intp
+    signature = types.none(out, intp, flat, intp, intp, weight, intp, intp)
 
     def generate(context, builder, signature, arguments):
         out, o, flat, i, apart, weight, j, count = _data(context, builder, signature, arguments)
@@ -86,8 +86,8 @@ def weigh_bytes(typing, out, o, flat, i, apart, weight, j, count):
 def weigh_pixels(typing, out, o, line, i, weight, j, count):
     """out[o : o + 4] = the sum of weight[j + k] * line[i + 3 k : i + 3 k + 4] over k < count."""
     fixed = count.literal_value if isinstance(count, types.IntegerLiteral) else None
-    place = types.intp
-    signature = types.none(out, place, line, place, weight, place, place)
+    intp = types.intp
+    signature = types.none(out, intp, line, intp, weight, intp, intp)
 
     def generate(context, builder, signature, arguments):
         out, o, line, i, weight, j, count = _data(context, builder, signature, arguments)
@@ -108,8 +108,8 @@ def weigh_pixels(typing, out, o, line, i, weight, j, count):
 def weigh_pairs(typing, out, o, source, i, weight, before, after, count):
     """LANES of out from `o` on: the sum of weight[t] * (source[i + before[t]] + source[i +
     after[t]]) over t < count."""
-    place = types.intp
-    signature = types.none(out, place, source, place, weight, before, after, place)
+    intp = types.intp
+    signature = types.none(out, intp, source, intp, weight, before, after, intp)
 
     def generate(context, builder, signature, arguments):
         out, o, source, i, weight, before, after, count = _data(

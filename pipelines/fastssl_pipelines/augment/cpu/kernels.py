@@ -61,7 +61,7 @@ def _on_disk(function: Callable[..., None]) -> Any:
     function.__qualname__ += "-" + hashlib.sha256(b"".join(sources)).hexdigest()[:16]
     try:
         return numba.njit(nogil=True, error_model="numpy", cache=True)(function)
-    except RuntimeError:  # numba found no place for its cache
+    except RuntimeError:  # numba found no folder for its cache
         return exact(function)
 
 
@@ -266,20 +266,20 @@ def _erase(row, size, out, view, apart, step):
                 out[view + c * apart + (y * size + x) * step] = ZERO
 
 
-def _draw_range(taken, count, grain, table, index, place, first, seed, epoch, numbers):
-    """Rows of table (V * N, columns), `grain` at a time until `count` are taken; index (N,), place
+def _draw_range(taken, count, grain, table, index, layout, first, seed, epoch, numbers):
+    """Rows of table (V * N, columns), `grain` at a time until `count` are taken; index (N,), layout
     (N, 3), numbers (V, ...)."""
     low = atomic_fetch_add(taken, grain)
     while low < count:
         for slot in range(low, min(low + grain, count)):
             v, n = slot // len(index), slot % len(index)
-            height, width = np.float64(place[n, 1]), np.float64(place[n, 2])
+            height, width = np.float64(layout[n, 1]), np.float64(layout[n, 2])
             draw_view(table[slot], index[n], first + v, seed, epoch, height, width, numbers[v])
         low = atomic_fetch_add(taken, grain)
 
 
 def _render_range(
-    taken, count, grain, flat, place, table, affine, colors, size, bicubic, last, numbers, out
+    taken, count, grain, flat, layout, table, affine, colors, size, bicubic, last, numbers, out
 ):  # fmt: skip
     """Views of out (G * N * 3 * S * S) from the rows of table (G * N, columns), `grain` at a time
     until `count` are taken."""
@@ -316,11 +316,11 @@ def _render_range(
     low = atomic_fetch_add(taken, grain)
     while low < count:
         for slot in range(low, min(low + grain, count)):
-            n = slot % len(place)
+            n = slot % len(layout)
             # by value: nothing it says can change inside a loop
             row = to_fixed_tuple(table[slot], COUNT)
-            stride = 3 * place[n, 2]
-            corner = place[n, 0] + int(row[TOP]) * stride + 3 * int(row[LEFT])
+            stride = 3 * layout[n, 2]
+            corner = layout[n, 0] + int(row[TOP]) * stride + 3 * int(row[LEFT])
             width = int(row[WIDTH])
             height, flip = int(row[HEIGHT]), row[FLIP] > 0
             fill_taps(height, size, bicubic, False, BYTE, first_y, count_y, weight_y, most_y)

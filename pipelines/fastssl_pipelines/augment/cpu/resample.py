@@ -24,9 +24,9 @@ def _fill_pairs(length, scale, size, flip, gain, first, count, weight, room):
     """`fill_taps` of a bilinear enlargement, where two neighbours make a pixel."""
     last = np.float32(length - 1)
     for i in range(size):
-        place = min(max((np.float32(i) + HALF) * scale - HALF, ZERO), last)
-        low = min(int(place), length - 2)
-        share = gain * (place - np.float32(low))
+        source = min(max((np.float32(i) + HALF) * scale - HALF, ZERO), last)
+        low = min(int(source), length - 2)
+        share = gain * (source - np.float32(low))
         o = size - 1 - i if flip else i
         first[o], count[o] = low, 2
         weight[o * room], weight[o * room + 1] = gain - share, share

@@ -41,12 +41,12 @@ def draw(
     seed: int,
     epoch: int | Tensor,
     index: Tensor,
-    place: Tensor,
+    layout: Tensor,
     first: int,
 ) -> Tensor:
     """Tables of `reference.draw`, bit for bit, of views numbered from `first`. -> (V, N, columns)
 
-    index: (N,) int64. place: (N, 3), `Images.place`.
+    index: (N,) int64. layout: (N, 3), `Images.layout`.
     """
     numbers = _numbers(views, index.device)
     key = torch.full((2,), seed, dtype=torch.int64, device=index.device)
@@ -54,7 +54,7 @@ def draw(
     count, columns = len(index), len(sample_params.COLUMNS)
     table = torch.empty(len(views), count, columns, device=index.device)
     _draw_kernel[(triton.cdiv(count, DRAW_BLOCK), len(views))](
-        table, index, place, numbers, key, first, count,
+        table, index, layout, numbers, key, first, count,
         COLUMNS=columns, NUMBERS=numbers.shape[1], BLOCK=DRAW_BLOCK,
         enable_fp_fusion=False,  # a fused multiply-add rounds once where the reference rounds twice
     )  # fmt: skip
@@ -73,7 +73,7 @@ def render(images: Images, table: Tensor, view: View, quality: str) -> Tensor:
     affine = quality == "affine"
     colors = color_maps(table) if affine else table
     numbers = _numbers((view,), table.device)
-    source = (images.flat, images.place, table, colors, numbers, out)
+    source = (images.flat, images.layout, table, colors, numbers, out)
     look = {"COLUMNS": columns, "SIZE": size, "LAST": last}
     how = {"CUBIC": view.interpolation == "bicubic", "AFFINE": affine}
     if size <= WHOLE:

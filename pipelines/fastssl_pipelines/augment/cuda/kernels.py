@@ -118,7 +118,7 @@ ERASE_HEIGHT, ERASE_WIDTH = _f.ERASE_HEIGHT, _f.ERASE_WIDTH
 
 @triton.jit
 def _draw_kernel(
-    table_ptr, index_ptr, place_ptr, numbers_ptr, key_ptr, first, N, COLUMNS: tl.constexpr,
+    table_ptr, index_ptr, layout_ptr, numbers_ptr, key_ptr, first, N, COLUMNS: tl.constexpr,
     NUMBERS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     view = tl.program_id(1)
@@ -126,8 +126,8 @@ def _draw_kernel(
     sample = tl.minimum(sample, N - 1)  # lanes past the end repeat the last sample
     row = table_ptr + (view.to(tl.int64) * N + sample) * COLUMNS
     index = tl.load(index_ptr + sample)
-    height = tl.load(place_ptr + 3 * sample + 1).to(tl.float64)
-    width = tl.load(place_ptr + 3 * sample + 2).to(tl.float64)
+    height = tl.load(layout_ptr + 3 * sample + 1).to(tl.float64)
+    width = tl.load(layout_ptr + 3 * sample + 2).to(tl.float64)
     seed, epoch = tl.load(key_ptr), tl.load(key_ptr + 1)
     numbers = numbers_ptr + view * NUMBERS
     draw_view(row, index, index * 0 + (first + view), seed, epoch, height, width, numbers)
@@ -270,15 +270,15 @@ def _store_pixels(out_ptr, r, g, b, row, numbers_ptr, y, x, SIZE: tl.constexpr, 
 
 @triton.jit
 def _whole_kernel(
-    flat_ptr, place_ptr, table_ptr, color_ptr, numbers_ptr, out_ptr, N, G, COLUMNS: tl.constexpr,
+    flat_ptr, layout_ptr, table_ptr, color_ptr, numbers_ptr, out_ptr, N, G, COLUMNS: tl.constexpr,
     SIZE: tl.constexpr, CUBIC: tl.constexpr, LAST: tl.constexpr, AFFINE: tl.constexpr,
     B: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     n, view = tl.program_id(0) // G, tl.program_id(0) % G  # views of one image side by side: L2
     slot = view.to(tl.int64) * N + n
     row = table_ptr + slot * COLUMNS
-    image_ptr = flat_ptr + tl.load(place_ptr + 3 * n)
-    stride = 3 * tl.load(place_ptr + 3 * n + 2).to(tl.int32)
+    image_ptr = flat_ptr + tl.load(layout_ptr + 3 * n)
+    stride = 3 * tl.load(layout_ptr + 3 * n + 2).to(tl.int32)
     y = tl.arange(0, B)
     r, g, b = _resample(image_ptr, stride, row, 0, 0, SIZE, CUBIC, B, W)
     mean = 0.0
@@ -299,7 +299,7 @@ def _whole_kernel(
 
 @triton.jit
 def _tiled_kernel(
-    flat_ptr, place_ptr, table_ptr, color_ptr, numbers_ptr, out_ptr, bytes_ptr, N, G,
+    flat_ptr, layout_ptr, table_ptr, color_ptr, numbers_ptr, out_ptr, bytes_ptr, N, G,
     COLUMNS: tl.constexpr, SIZE: tl.constexpr, CUBIC: tl.constexpr, LAST: tl.constexpr,
     AFFINE: tl.constexpr, B: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
@@ -308,8 +308,8 @@ def _tiled_kernel(
     row = table_ptr + slot * COLUMNS
     out_ptr += slot * (3 * SIZE * SIZE)
     bytes_ptr += slot * (3 * SIZE * SIZE)
-    image_ptr = flat_ptr + tl.load(place_ptr + 3 * n)
-    stride = 3 * tl.load(place_ptr + 3 * n + 2).to(tl.int32)
+    image_ptr = flat_ptr + tl.load(layout_ptr + 3 * n)
+    stride = 3 * tl.load(layout_ptr + 3 * n + 2).to(tl.int32)
     mean = 0.0
     if not AFFINE:
         if _get(row, STEP0) >= 0:
