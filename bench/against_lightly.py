@@ -81,8 +81,10 @@ class LightlyPipeline:
     def __len__(self) -> int:
         return len(self._loader)
 
-    def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
-        assert skip == 0  # these runs are never resumed
+    def epoch(
+        self, epoch: int, skip: int = 0, views: Sequence[View] | None = None
+    ) -> Iterator[Batch]:
+        assert skip == 0 and views is None  # these runs are never resumed
         for views, index in self._loader:
             yield Batch(views, index)
 

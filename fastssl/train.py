@@ -83,10 +83,9 @@ def train(
     with log, StallWatch(say, config.stall_s) as stall, stop_signals() as stop, stop.held():
         while not schedule.is_over(at):
             epoch, skip = divmod(at.step, len(pipeline))
-            if views_of:
-                pipeline.views = views_of(epoch)
+            views = views_of(epoch) if views_of else None
             asked = time.perf_counter()
-            for batch in stall.batches(pipeline.epoch(epoch, skip=skip)):
+            for batch in stall.batches(pipeline.epoch(epoch, skip=skip, views=views)):
                 waited_s += time.perf_counter() - asked
                 lr = schedule.lr(at)
                 metrics, features = step(batch.views, batch.index, lr)

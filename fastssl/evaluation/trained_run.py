@@ -16,6 +16,7 @@ from fastssl.data.datasets import Images
 from fastssl.data.loading import build_views, centre_features, choose_device, seeded_backbone
 from fastssl.runtime.checkpoint import load_backbone, load_checkpoint
 from fastssl_pipelines import View
+from fastssl_pipelines.engines.base import EngineSettings
 from fastssl_pipelines.engines.resident import ResidentPipeline
 
 EPOCH = 2**32 - 1  # of the views drawn here; no training reaches it
@@ -49,9 +50,8 @@ class Frozen:
         """`network` (N, 3, S, S) -> (N, F) of `count` augmented views of all images: (N, V, F)
         float32 on the CPU, a few images at a time. The same views whenever it is asked."""
         views, seed = self.training_views(count), self.config.seed
-        pipeline = ResidentPipeline(
-            images, views=views, batch_size=1, seed=seed, device=self.device
-        )
+        settings = EngineSettings(views=views, batch_size=1, seed=seed, device=self.device)
+        pipeline = ResidentPipeline(images, settings)
         everything = torch.arange(len(images), device=self.device)
         for index in everything.split(max(1, VIEWS_AT_ONCE // count)):
             rendered = pipeline.batch(index, EPOCH).views

@@ -12,6 +12,7 @@ import torch
 
 from fastssl_pipelines import policies
 from fastssl_pipelines.augment import Quality
+from fastssl_pipelines.engines.base import EngineSettings
 from fastssl_pipelines.engines.dali import DaliPipeline
 from fastssl_pipelines.engines.ffcv import FfcvPipeline
 from fastssl_pipelines.engines.resident import ResidentPipeline
@@ -53,17 +54,16 @@ def open_pipeline(
         logging.getLogger(__name__).info("engine %s: %s", engine, why)
     if engine not in ENGINES:
         raise ValueError(f"engine is {engine!r}: choose 'auto' or one of {sorted(ENGINES)}")
-    return ENGINES[engine](
-        source,
-        views=views,
+    settings = EngineSettings(
+        views=tuple(views),
         batch_size=batch_size,
         seed=seed,
-        device=device,
+        device=torch.device(device),
         shard=shard,
         quality=quality,
         keep_params=keep_params,
-        **options,
     )
+    return ENGINES[engine](source, settings, **options)
 
 
 def choose_engine(source: Any, device: torch.device | str) -> tuple[str, str]:

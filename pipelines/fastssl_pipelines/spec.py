@@ -8,7 +8,7 @@ Shapes: N batch, M data set, C channels, S pixels per side, V views.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -101,18 +101,15 @@ class Batch(NamedTuple):
 
 
 class Pipeline(Protocol):
-    """An endless supply of epochs. `len()` is the number of batches in one epoch of this rank.
+    """An endless supply of epochs. `len()` is the number of batches in one epoch of this rank."""
 
-    `views` may be replaced between epochs.
-    """
-
-    views: tuple[View, ...]
+    @property
+    def views(self) -> tuple[View, ...]: ...
 
     def __len__(self) -> int: ...
 
-    def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch]: ...
-
-
-def view_fields() -> tuple[str, ...]:
-    """The names of every field of `View`, for tests that ask each engine to honour each of them."""
-    return tuple(field.name for field in fields(View))
+    def epoch(
+        self, epoch: int, skip: int = 0, views: Sequence[View] | None = None
+    ) -> Iterator[Batch]:
+        """Batches `skip` to the last; `views` replaces the pipeline's own for this epoch."""
+        ...

@@ -20,6 +20,7 @@ from fastssl.objectives import build_objective
 from fastssl.pretrain import pretrain
 from fastssl.recipes import RECIPES
 from fastssl.runtime.checkpoint import load_checkpoint
+from fastssl_pipelines.engines.base import EngineSettings
 from fastssl_pipelines.engines.resident import ResidentPipeline
 
 QUICK = replace(
@@ -63,9 +64,11 @@ def test_the_average_is_the_mean_over_views(
     """Against each image rendered alone, and whatever goes through the network at once."""
     images, protocol = training_images(run.config)[:5], PROTOCOLS[name]
     augmented = views - 1 if protocol.centre else views
-    pipeline = ResidentPipeline(
-        images, views=build_views(run.config)[:1] * augmented, batch_size=1, seed=0, device="cpu"
+    views_of_image = build_views(run.config)[:1] * augmented
+    settings = EngineSettings(
+        views=views_of_image, batch_size=1, seed=0, device=torch.device("cpu")
     )
+    pipeline = ResidentPipeline(images, settings)
     assert run.projector is not None
     expected = []
     with torch.no_grad():

@@ -16,6 +16,6 @@ def planned(pipeline: Any, encoded: Encoded, index: Tensor, epoch: int) -> tuple
     sizes = [
         decode(file, oriented=oriented).shape[:2] if plain_jpeg(file) else (1, 1) for file in files
     ]
-    shrinks = pipeline._shrinks(index.cpu(), epoch, torch.tensor(sizes)).tolist()
+    shrinks = pipeline._shrinks(index.cpu(), epoch, torch.tensor(sizes), pipeline.views).tolist()
     pixels = [decode(f, oriented=oriented, shrink=s) for f, s in zip(files, shrinks, strict=True)]
     return as_images(pixels), shrinks

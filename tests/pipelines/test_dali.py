@@ -96,7 +96,7 @@ def test_turned_images_are_planned_as_they_are_shown(data: Path) -> None:
     """EXIF turns this one by 90 degrees: its crops are drawn on 1200 x 1800 px."""
     source = [data / "jpeg-odd" / "Landscape_6.jpg"]
     pipeline: Any = opened(source, batch_size=1, oriented=True)
-    assert pipeline._load(0)[1:3] == (1200, 1800)
+    assert pipeline._load(0, 2)[1:3] == (1200, 1800)
     for epoch in range(3):
         batch = next(pipeline.epoch(epoch))
         images, (shrink,) = planned(pipeline, pipeline.encoded, batch.index, epoch)

@@ -188,7 +188,7 @@ def test_every_crop_of_a_smaller_image_covers_its_view(sources: dict[str, Any]) 
     pipeline: Any = open_pipeline("dali", sources["dali"], **given)
     index = torch.arange(400)
     size = torch.stack([30 + 7 * (index % 61), 20 + 11 * (index % 53)], dim=1)
-    found = pipeline._shrinks(index, 2, size)
+    found = pipeline._shrinks(index, 2, size, views)
     assert set(found.tolist()) == {1, 2, 4, 8}
     covers = torch.zeros(3, 400, dtype=torch.bool)
     for k, shrink in enumerate((2, 4, 8)):
@@ -199,11 +199,11 @@ def test_every_crop_of_a_smaller_image_covers_its_view(sources: dict[str, Any]) 
     for n, shrink in enumerate(found.tolist()):
         fine = [s for s, covered in zip((2, 4, 8), covers[:, n].tolist(), strict=True) if covered]
         assert shrink == max(fine, default=1)
-    pipeline.views = (View(size=1),)
-    tiny = pipeline._shrinks(torch.arange(2), 0, torch.tensor([[9, 9], [8, 8]]))
+    sizes = torch.tensor([[9, 9], [8, 8]])
+    tiny = pipeline._shrinks(torch.arange(2), 0, sizes, (View(size=1),))
     assert tiny.tolist() == [8, 4], "an image needs 2 x 2 pixels"
-    pipeline.views = (View(size=8, patch=16),)
-    assert pipeline._shrinks(index, 2, size).unique().tolist() == [1], "a patch is px of the image"
+    patches = pipeline._shrinks(index, 2, size, (View(size=8, patch=16),))
+    assert patches.unique().tolist() == [1], "a patch is px of the image"
 
 
 def test_leaving_early_harms_nothing(opened: Open) -> None:
@@ -220,6 +220,24 @@ def test_leaving_early_harms_nothing(opened: Open) -> None:
     assert indices(pipeline, 0) == whole
     for a, b in zip(pipeline.epoch(0), opened().epoch(0), strict=True):
         assert torch.equal(a.views[0], b.views[0])
+
+
+def test_an_epoch_has_the_views_it_is_given(opened: Open) -> None:
+    """For this epoch alone, whatever is decided by the views: sizes, how small JPEGs are decoded,
+    how large a patch may be."""
+    pipeline = opened()
+    for views in ((View(size=120), View(size=9)), (View(size=16, patch=40),)):
+        epochs = zip(pipeline.epoch(1, views=views), opened(views=views).epoch(1), strict=True)
+        for given, own in epochs:
+            assert torch.equal(given.index, own.index)
+            assert all(torch.equal(a, b) for a, b in zip(given.views, own.views, strict=True))
+    assert pipeline.views == VIEWS
+    both = zip(pipeline.epoch(1), pipeline.epoch(1, views=views), opened().epoch(1), strict=True)
+    for own, given, expected in both:
+        assert [view.shape[-1] for view in given.views] == [16]
+        assert all(torch.equal(a, b) for a, b in zip(own.views, expected.views, strict=True))
+    with pytest.raises(ValueError, match="views is empty"):
+        pipeline.epoch(0, views=())
 
 
 def test_two_epochs_at_once(opened: Open) -> None:

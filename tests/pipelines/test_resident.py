@@ -197,6 +197,17 @@ def test_bad_input_is_refused_before_the_first_batch(change, words):
 
 
 @pytest.mark.parametrize(("epoch", "skip"), [(-1, 0), (2**32, 0), (0, -1), (0, 11)])
+def test_patches_of_an_epoch_must_fit():
+    with pytest.raises(ValueError, match=r"View.patch is 19 px: the smallest image has side 18"):
+        resident().epoch(0, views=(View(size=8, patch=19),))
+
+
+def test_settings_are_frozen():
+    pipeline = resident()
+    with pytest.raises(AttributeError):
+        pipeline.views = ()
+
+
 def test_epochs_and_batches_that_there_are_not(epoch, skip):
     with pytest.raises(ValueError, match="epoch is"):
         resident().epoch(epoch, skip=skip)

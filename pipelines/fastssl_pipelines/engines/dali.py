@@ -28,10 +28,12 @@ from torch import Tensor
 
 from fastssl_pipelines.augment import Images, Params
 from fastssl_pipelines.augment.image_batch import layout_of
+from fastssl_pipelines.engines.base import EngineSettings
 from fastssl_pipelines.engines.dali_operators import APPROXIMATIONS, DaliRender, empty_pipeline
 from fastssl_pipelines.engines.streaming import (
     Buffer,
     StreamingPipeline,
+    smallest_side,
     uploaded,
 )
 from fastssl_pipelines.prefetch import in_chunks, prefetch, results
@@ -43,7 +45,7 @@ from fastssl_pipelines.sources.image_files import (
     plain_jpeg,
     require_side,
 )
-from fastssl_pipelines.spec import Batch
+from fastssl_pipelines.spec import Batch, View
 
 log = logging.getLogger("fastssl_pipelines")
 
@@ -52,11 +54,13 @@ MOST_RUNNING = 8  # batches with DALI at once
 
 
 class Jpeg(NamedTuple):
-    """A plain JPEG, and the size in px of what it shows; 1 / `shrink` of that is to be decoded."""
+    """A plain JPEG, the size in px of what it shows and the side that its views need; it is to be
+    decoded at 1 / `shrink` of its size."""
 
     data: NDArray[np.uint8]
     height: int
     width: int
+    smallest: int
     shrink: int = 1
 
 
@@ -65,7 +69,7 @@ Chunks = list[Future[list[Pixels | Jpeg]]]
 
 
 @dataclass
-class Running:
+class InFlightBatch:
     """A batch being decoded: `loaded[n]` is what image `index[n]` is, or is decoded from."""
 
     index: Tensor  # (N,)
@@ -90,58 +94,64 @@ class DaliPipeline(StreamingPipeline):
     def __init__(
         self,
         source: Any,
+        settings: EngineSettings,
         *,
         threads: int | None = None,
         oriented: bool = False,
         render: Render = "fastssl",
-        **common: Any,
+        **options: Any,
     ) -> None:
         if render not in ("fastssl", "dali"):
             raise ValueError(f"render is {render!r}: choose 'fastssl' or 'dali'")
         self.encoded = open_encoded(source)
-        super().__init__(len(self.encoded), **common)
+        super().__init__(len(self.encoded), settings, **options)
         self.threads, self.oriented = threads or os.cpu_count() or 1, oriented
         self.scaled = self.scaled and self.device.type == "cpu"  # nvJPEG does not scale
         self._dali = self._build()
-        self._render = self._build_render() if render == "dali" else None
+        self._render = self._build_render(settings.views) if render == "dali" else None
         if self._render is not None:
             log.warning(APPROXIMATIONS)
 
     def _build(self) -> "_Dali":
-        return _Dali(self.batch_size, self.threads, self.device, self.oriented)
+        return _Dali(self.settings.batch_size, self.threads, self.device, self.oriented)
 
-    def _build_render(self) -> DaliRender:
+    def _build_render(self, views: Sequence[View]) -> DaliRender:
         return DaliRender(
-            self.views,
-            self.quality,
-            batch_size=self.batch_size,
+            views,
+            self.settings.quality,
+            batch_size=self.settings.batch_size,
             threads=self.threads,
             device=self.device,
         )
 
-    def _batch(self, images: Images, index: Tensor, epoch: int) -> Batch:
+    def _batch(self, images: Images, index: Tensor, epoch: int, views: Sequence[View]) -> Batch:
         if self._render is None:
-            return super()._batch(images, index, epoch)
-        if self._render.views != tuple(self.views):  # replaced between two epochs
-            self._render = self._build_render()
-        rendered, params = self._render.views_of(images, self.seed, epoch, index)
-        on_device = tuple(Params(drawn.table.to(self.device)) for drawn in params)
-        return Batch(
-            rendered, uploaded(index, self.device), on_device if self.keep_params else None
-        )
+            return super()._batch(images, index, epoch, views)
+        if self._render.views != tuple(views):  # another epoch's
+            self._render = self._build_render(views)
+        rendered, params = self._render.views_of(images, self.settings.seed, epoch, index)
+        on_device = tuple(Params(p.table.to(self.device)) for p in params)
+        kept = on_device if self.settings.keep_params else None
+        return Batch(rendered, uploaded(index, self.device), kept)
 
-    def _decoded(self, order: Tensor, epoch: int) -> Generator[tuple[Images, Tensor], None, None]:
-        buffer = Buffer(self.device)
+    def _decoded(
+        self, order: Tensor, epoch: int, views: Sequence[View]
+    ) -> Generator[tuple[Images, Tensor], None, None]:
+        buffer, smallest = Buffer(self.device), smallest_side(views)
         readers = ThreadPoolExecutor(self.threads, thread_name_prefix="fastssl-read")
 
+        def load(i: int) -> Pixels | Jpeg:
+            return self._load(i, smallest)
+
         def read(index: Tensor) -> tuple[Tensor, Chunks]:
-            return index, in_chunks(readers, self.threads, self._load, index.tolist())
+            return index, in_chunks(readers, self.threads, load, index.tolist())
 
-        def start(batch: tuple[Tensor, Chunks]) -> Running:
+        def start(batch: tuple[Tensor, Chunks]) -> InFlightBatch:
             index, chunks = batch
-            return self._start(index, self._planned(results(chunks), index, epoch), readers)
+            loaded = self._planned(results(chunks), index, epoch, views)
+            return self._start(index, loaded, readers)
 
-        def collect(batch: Running) -> tuple[Images, Tensor]:
+        def collect(batch: InFlightBatch) -> tuple[Images, Tensor]:
             return self._collect(batch, buffer)
 
         try:
@@ -150,24 +160,26 @@ class DaliPipeline(StreamingPipeline):
             readers.shutdown(cancel_futures=True)
 
     def _planned(
-        self, loaded: list[Pixels | Jpeg], index: Tensor, epoch: int
+        self, loaded: list[Pixels | Jpeg], index: Tensor, epoch: int, views: Sequence[View]
     ) -> list[Pixels | Jpeg]:
         """`loaded`, of the images at `index` (N,), with the `shrink` of each JPEG."""
         sizes = [(x.height, x.width) if isinstance(x, Jpeg) else (1, 1) for x in loaded]
-        shrinks = self._shrinks(index, epoch, torch.tensor(sizes)).tolist()
+        shrinks = self._shrinks(index, epoch, torch.tensor(sizes), views).tolist()
         return [
             x._replace(shrink=shrink) if isinstance(x, Jpeg) else x
             for x, shrink in zip(loaded, shrinks, strict=True)
         ]
 
-    def _start(self, index: Tensor, loaded: list[Pixels | Jpeg], readers: Executor) -> Running:
+    def _start(
+        self, index: Tensor, loaded: list[Pixels | Jpeg], readers: Executor
+    ) -> InFlightBatch:
         """Begin to decode the JPEGs of a batch: on `readers` those that become smaller."""
         jpegs = [x for x in loaded if isinstance(x, Jpeg)]
         smaller = [x for x in jpegs if x.shrink > 1]
         full = [x for x in jpegs if x.shrink == 1]
         shrunk = in_chunks(readers, self.threads, self._by_pillow, smaller)
         scheduled = self._schedule([x.data for x in full]) if full else None
-        return Running(index, loaded, shrunk, full, self._dali, scheduled)
+        return InFlightBatch(index, loaded, shrunk, full, self._dali, scheduled)
 
     def _schedule(self, jpegs: list[Any]) -> list[Any]:
         try:
@@ -176,20 +188,21 @@ class DaliPipeline(StreamingPipeline):
             self._dali = self._build()
             return self._dali.schedule(jpegs)
 
-    def _load(self, i: int) -> Pixels | Jpeg:
+    def _load(self, i: int, smallest: int) -> Pixels | Jpeg:
         """Image i: a JPEG to be decoded, or its pixels, or why there are none."""
         try:
             data = self.encoded.read(i)
             size = plain_jpeg(data)
             if size is None:
-                return decode(data, oriented=self.oriented, smallest=self.smallest)
-            require_side(*size, self.smallest)
+                return decode(data, oriented=self.oriented, smallest=smallest)
+            require_side(*size, smallest)
         except UnreadableError as error:
             return error
         turned = self.scaled and self.oriented and exif_orientation(data) > 4  # by 90 degrees
-        return Jpeg(data, *(size[::-1] if turned else size))
+        height, width = size[::-1] if turned else size
+        return Jpeg(data, height, width, smallest)
 
-    def _collect(self, batch: Running, buffer: Buffer) -> tuple[Images, Tensor]:
+    def _collect(self, batch: InFlightBatch, buffer: Buffer) -> tuple[Images, Tensor]:
         """The readable images of a batch, laid flat on the device, and their indices."""
         full: list[Any] = []
         flat: Tensor | None = None
@@ -216,8 +229,9 @@ class DaliPipeline(StreamingPipeline):
 
     def _by_pillow(self, jpeg: Jpeg) -> Pixels:
         try:
-            shrink, smallest = jpeg.shrink, self.smallest
-            return decode(jpeg.data, oriented=self.oriented, smallest=smallest, shrink=shrink)
+            return decode(
+                jpeg.data, oriented=self.oriented, smallest=jpeg.smallest, shrink=jpeg.shrink
+            )
         except UnreadableError as error:
             return error
 

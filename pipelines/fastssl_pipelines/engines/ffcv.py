@@ -8,7 +8,7 @@ Shapes: N batch, M data set, H and W pixels.
 """
 
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,26 +19,29 @@ from torch import Tensor
 from fastssl_pipelines import rng
 from fastssl_pipelines.augment import Images
 from fastssl_pipelines.augment.image_batch import layout_of
+from fastssl_pipelines.engines.base import EngineSettings
 from fastssl_pipelines.engines.streaming import (
     Buffer,
     StreamingPipeline,
+    smallest_side,
 )
 from fastssl_pipelines.prefetch import in_chunks, prefetch, results
 from fastssl_pipelines.sources.beton import Beton
+from fastssl_pipelines.spec import View
 
 Order = Literal["random", "quasi_random"]
 WINDOW = 16  # pages that "quasi_random" shuffles together
 
 
 @dataclass
-class Decoding:
+class InFlightBatch:
     """A batch that threads are decoding: row n of `layout` will hold the image `index[n]`."""
 
     index: Tensor  # (N,)
     buffer: Buffer
     flat: Tensor
     layout: Tensor  # (N, 3)
-    chunks: "list[Future[list[str]]]"
+    chunks: list[Future[list[str]]]
 
 
 class FfcvPipeline(StreamingPipeline):
@@ -58,16 +61,17 @@ class FfcvPipeline(StreamingPipeline):
     def __init__(
         self,
         source: Any,
+        settings: EngineSettings,
         *,
         threads: int | None = None,
         order: Order = "random",
         os_cache: bool = True,
-        **common: Any,
+        **options: Any,
     ) -> None:
         if order not in ("random", "quasi_random"):
             raise ValueError(f"order is {order!r}: choose 'random' or 'quasi_random'")
         self.beton = source if isinstance(source, Beton) else Beton(source, os_cache)
-        super().__init__(len(self.beton), **common)
+        super().__init__(len(self.beton), settings, **options)
         self.threads, self.order_kind = threads or os.cpu_count() or 1, order
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="fastssl-ffcv")
 
@@ -76,24 +80,28 @@ class FfcvPipeline(StreamingPipeline):
         if self.order_kind == "random":
             return shuffled
         pages = self.beton.page[self.beton.row]
-        rank = rng.permutation(int(pages.max()) + 1, self.seed, epoch).argsort()
+        rank = rng.permutation(int(pages.max()) + 1, self.settings.seed, epoch).argsort()
         window = rank[pages] // WINDOW  # (M,): of the page that holds each image
         return shuffled[window[shuffled].argsort(stable=True)]
 
-    def _decoded(self, order: Tensor, epoch: int) -> Generator[tuple[Images, Tensor], None, None]:
+    def _decoded(
+        self, order: Tensor, epoch: int, views: Sequence[View]
+    ) -> Generator[tuple[Images, Tensor], None, None]:
         buffers = [Buffer(self.device), Buffer(self.device)]
 
-        def start(index: Tensor) -> Decoding:
+        def start(index: Tensor) -> InFlightBatch:
             buffers.reverse()
-            return self._start(index, epoch, buffers[0])
+            return self._start(index, epoch, views, buffers[0])
 
         yield from prefetch(order, start, self._finish, 1)
 
-    def _start(self, index: Tensor, epoch: int, buffer: Buffer) -> Decoding:
+    def _start(
+        self, index: Tensor, epoch: int, views: Sequence[View], buffer: Buffer
+    ) -> InFlightBatch:
         """Begin to decode the images at `index` (N,) into `buffer`."""
-        rows = self.beton.row[index]
+        rows, smallest = self.beton.row[index], smallest_side(views)
         size = self.beton.size[rows]  # (N, 2)
-        shrink = self._shrinks(index, epoch, size)
+        shrink = self._shrinks(index, epoch, size, views)
         shrink[self.beton.raw[rows]] = 1
         layout = layout_of(-(-size // shrink[:, None]))
         flat = buffer.reserve(layout)
@@ -102,12 +110,12 @@ class FfcvPipeline(StreamingPipeline):
 
         def decode(job: tuple[int, int, int]) -> str:
             row, factor, offset = job
-            return self.beton.decode(row, factor, pixels[offset:], self.smallest)
+            return self.beton.decode(row, factor, pixels[offset:], smallest)
 
         chunks = in_chunks(self._pool, self.threads, decode, jobs)
-        return Decoding(index, buffer, flat, layout, chunks)
+        return InFlightBatch(index, buffer, flat, layout, chunks)
 
-    def _finish(self, batch: Decoding) -> tuple[Images, Tensor]:
+    def _finish(self, batch: InFlightBatch) -> tuple[Images, Tensor]:
         """The readable images of a batch on the device, and their indices."""
         reasons = results(batch.chunks)
         for i, reason in zip(batch.index.tolist(), reasons, strict=True):

@@ -4,84 +4,79 @@ ahead.
 Shapes: N batch, M data set, C channels, S pixels per side, V views.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastssl_pipelines.augment import Images, Quality, as_images, views_of
-from fastssl_pipelines.engines.base import ShuffledEpochs
+from fastssl_pipelines.augment import as_images
+from fastssl_pipelines.engines.base import EngineSettings, ShuffledEpochs
 from fastssl_pipelines.prefetch import prefetch
 from fastssl_pipelines.spec import Batch, View
 
 AHEAD = 2  # batches rendered before they are asked for
 
+Render = Callable[[Tensor], Batch]
+
 
 class ResidentPipeline(ShuffledEpochs):
     """A `Pipeline` over images held in memory; see `open_pipeline`."""
 
-    def __init__(
-        self,
-        source: Any,
-        *,
-        views: Sequence[View],
-        batch_size: int,
-        seed: int,
-        device: torch.device | str,
-        shard: tuple[int, int] = (0, 1),
-        quality: Quality = "exact",
-        keep_params: bool = False,
-    ) -> None:
+    def __init__(self, source: Any, settings: EngineSettings) -> None:
         images = as_images(source)
-        super().__init__(
-            images.count,
-            views=views,
-            batch_size=batch_size,
-            seed=seed,
-            shard=shard,
-            quality=quality,
-            keep_params=keep_params,
-        )
-        _check_patches(images, views)
-        self.images = images.to(device)
-        self._side: torch.cuda.Stream | None = None  # kept: freed memory belongs to a stream
+        super().__init__(images.count, settings)
+        self._smallest_side = int(images.layout[:, 1:].min())
+        self._require_patches(settings.views)
+        self.images = images.to(settings.device)
+        self._side: torch.cuda.Stream | None = None  # freed memory belongs to a stream: keep one
 
-    def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
+    def epoch(
+        self, epoch: int, skip: int = 0, views: Sequence[View] | None = None
+    ) -> Iterator[Batch]:
         """Batches `skip` to the last of epoch `epoch`, each rendered while its predecessor is in
         use."""
-        order = self._rest(epoch, skip)
-        ahead = self._on_stream if self.images.flat.is_cuda else self._on_threads
-        return ahead(order, epoch)
+        chosen = self._views_or(views)
+        self._require_patches(chosen)
+        prefetched = self._on_stream if self.images.flat.is_cuda else self._on_threads
+        return prefetched(self._rest(epoch, skip), lambda index: self.batch(index, epoch, chosen))
 
-    def _order_device(self) -> torch.device:
-        return self.images.flat.device
-
-    def batch(self, index: Tensor, epoch: int | Tensor) -> Batch:
+    def batch(
+        self, index: Tensor, epoch: int | Tensor, views: Sequence[View] | None = None
+    ) -> Batch:
         """All views of the images at `index` (N,) int64, as epoch `epoch` shows them.
 
         On a GPU no value is read back, so a CUDA graph may capture it, with `index` and `epoch` (a
         tensor of one int64) refilled before each replay.
         """
-        images = self.images.select(index)
-        rendered, params = views_of(images, self.views, self.seed, epoch, index, self.quality)
-        return Batch(rendered, index, params if self.keep_params else None)
+        return self._rendered(self.images.select(index), index, epoch, self._views_or(views))
 
-    def _on_threads(self, order: Tensor, epoch: int) -> Iterator[Batch]:
+    def _order_device(self) -> torch.device:
+        return self.images.flat.device
+
+    def _require_patches(self, views: Sequence[View]) -> None:
+        side = self._smallest_side
+        for view in views:
+            if view.patch is not None and view.patch > side:
+                raise ValueError(
+                    f"View.patch is {view.patch} px: the smallest image has side {side}"
+                )
+
+    def _on_threads(self, order: Tensor, render: Render) -> Iterator[Batch]:
         """One thread for each batch ahead: while one prepares its batch in Python, another renders.
 
         The threads end with the iterator, whether it is exhausted or dropped.
         """
 
         def start(index: Tensor) -> Future[Batch]:
-            return threads.submit(self.batch, index, epoch)
+            return threads.submit(render, index)
 
         count = min(AHEAD, torch.get_num_threads())
         with ThreadPoolExecutor(count, thread_name_prefix="fastssl-ahead") as threads:
             yield from prefetch(order, start, lambda batch: batch.result(), AHEAD)
 
-    def _on_stream(self, order: Tensor, epoch: int) -> Iterator[Batch]:
+    def _on_stream(self, order: Tensor, render: Render) -> Iterator[Batch]:
         """A side stream renders the next batch while the current stream uses this one."""
         side = self._side = self._side or torch.cuda.Stream(self.images.flat.device)
         side.wait_stream(torch.cuda.current_stream(side.device))  # `order` comes from there
@@ -89,7 +84,7 @@ class ResidentPipeline(ShuffledEpochs):
 
         def start(index: Tensor) -> tuple[Batch, torch.cuda.Event]:
             with torch.cuda.stream(side):
-                return self.batch(index, epoch), side.record_event()
+                return render(index), side.record_event()
 
         yield from prefetch(order, start, lambda started: _hand_over(*started), AHEAD - 1)
 
@@ -101,10 +96,3 @@ def _hand_over(batch: Batch, rendered: torch.cuda.Event) -> Batch:
     for tensor in (*batch.views, batch.index, *(p.table for p in batch.params or ())):
         tensor.record_stream(stream)  # its memory must not be reused before that stream is done
     return batch
-
-
-def _check_patches(images: Images, views: Sequence[View]) -> None:
-    side = int(images.layout[:, 1:].min())
-    for view in views:
-        if view.patch is not None and view.patch > side:
-            raise ValueError(f"View.patch is {view.patch} px: the smallest image has side {side}")

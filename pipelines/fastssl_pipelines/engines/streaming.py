@@ -12,9 +12,9 @@ from contextlib import closing
 import torch
 from torch import Tensor
 
-from fastssl_pipelines.augment import Images, Quality, draw, views_of
+from fastssl_pipelines.augment import Images, draw
 from fastssl_pipelines.augment.image_batch import is_one_size
-from fastssl_pipelines.engines.base import ShuffledEpochs
+from fastssl_pipelines.engines.base import EngineSettings, ShuffledEpochs
 from fastssl_pipelines.sources.image_files import SMALLEST
 from fastssl_pipelines.sources.unreadable import (
     QUOTA,
@@ -77,65 +77,57 @@ class StreamingPipeline(ShuffledEpochs, ABC):
     def __init__(
         self,
         count: int,
+        settings: EngineSettings,
         *,
-        views: Sequence[View],
-        batch_size: int,
-        seed: int,
-        device: torch.device | str,
-        shard: tuple[int, int] = (0, 1),
-        quality: Quality = "exact",
-        keep_params: bool = False,
         scaled: bool = True,
         on_corrupt: OnCorrupt = "skip",
         quota: float = QUOTA,
     ) -> None:
-        super().__init__(
-            count,
-            views=views,
-            batch_size=batch_size,
-            seed=seed,
-            shard=shard,
-            quality=quality,
-            keep_params=keep_params,
-        )
-        self.device, self.scaled = torch.device(device), scaled
-        self.smallest = max([SMALLEST, *(view.patch or 1 for view in views)])  # px, of an image
+        super().__init__(count, settings)
+        self.device, self.scaled = settings.device, scaled
         self.unreadable = UnreadableImages(count, on_corrupt, quota)
 
-    def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
+    def epoch(
+        self, epoch: int, skip: int = 0, views: Sequence[View] | None = None
+    ) -> Iterator[Batch]:
         """Batches `skip` to the last of epoch `epoch`."""
-        return self._rendered(self._rest(epoch, skip), epoch)
+        return self._batches(self._rest(epoch, skip), epoch, self._views_or(views))
 
-    def _rendered(self, order: Tensor, epoch: int) -> Iterator[Batch]:
-        with closing(self._decoded(order, epoch)) as decoded:
+    def _batches(self, order: Tensor, epoch: int, views: Sequence[View]) -> Iterator[Batch]:
+        with closing(self._decoded(order, epoch, views)) as decoded:
             for images, index in decoded:
                 if len(index) == 0:
                     raise UnreadableDataError(
                         "a whole batch is unreadable; `fastssl doctor` says why"
                     )
-                yield self._batch(images, index, epoch)
+                yield self._batch(images, index, epoch, views)
 
-    def _batch(self, images: Images, index: Tensor, epoch: int) -> Batch:
-        index = uploaded(index, self.device)
-        rendered, params = views_of(images, self.views, self.seed, epoch, index, self.quality)
-        return Batch(rendered, index, params if self.keep_params else None)
+    def _batch(self, images: Images, index: Tensor, epoch: int, views: Sequence[View]) -> Batch:
+        return self._rendered(images, uploaded(index, self.device), epoch, views)
 
-    def _shrinks(self, index: Tensor, epoch: int, size: Tensor) -> Tensor:
+    def _shrinks(self, index: Tensor, epoch: int, size: Tensor, views: Sequence[View]) -> Tensor:
         """1, 2, 4 or 8: how much smaller each image may be decoded. index (N,), size (N, 2) ->
         (N,)"""
-        if not self.scaled or any(view.patch for view in self.views):
+        if not self.scaled or any(view.patch for view in views):
             return torch.ones_like(index)
         shrinks = torch.tensor(SHRINKS)[:, None]
         small = -(-size // shrinks[..., None])  # (3, N, 2)
-        covers = small.amin(2) >= max(SMALLEST, *(view.size for view in self.views))  # (3, N)
+        covers = small.amin(2) >= max(SMALLEST, *(view.size for view in views))  # (3, N)
         sizes = small[covers].unbind(1)
         kept = torch.ones(len(sizes[0]), dtype=torch.bool)
-        for v, view in enumerate(self.views if len(kept) else ()):
-            drawn = draw(view, self.seed, epoch, index.expand(3, -1)[covers], v, *sizes)
+        for v, view in enumerate(views if len(kept) else ()):
+            drawn = draw(view, self.settings.seed, epoch, index.expand(3, -1)[covers], v, *sizes)
             kept &= torch.minimum(drawn["height"], drawn["width"]) >= view.size
         covers[covers.clone()] = kept
         return torch.where(covers, shrinks, 1).amax(0)
 
     @abstractmethod
-    def _decoded(self, order: Tensor, epoch: int) -> Generator[tuple[Images, Tensor], None, None]:
+    def _decoded(
+        self, order: Tensor, epoch: int, views: Sequence[View]
+    ) -> Generator[tuple[Images, Tensor], None, None]:
         """The readable images of each row of `order` (B, N), on the device, with their indices."""
+
+
+def smallest_side(views: Sequence[View]) -> int:
+    """The side in px that an image needs for these views."""
+    return max([SMALLEST, *(view.patch or 1 for view in views)])
