@@ -15,7 +15,6 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +25,15 @@ from torch.utils.data import DataLoader, Dataset
 from bench.experiments import time_to
 from bench.measure import environment
 from bench.suites.train_step import resident
+from fastssl.backbones import feature_width, seeded_backbone
 from fastssl.config import Config
-from fastssl.data.datasets import Images, load_images, load_labels
-from fastssl.data.loading import SPLITS, build_views, centre_features, seeded_backbone
-from fastssl.evaluation.online_knn import OnlineProbe, read_probes
-from fastssl.objectives import build_objective
+from fastssl.data.datasets import Images
+from fastssl.data.loading import build_views
+from fastssl.data.splits import ArraySplit, open_split
+from fastssl.evaluation.online_knn import OnlineKNN, read_probes
+from fastssl.objectives import build_objective, configured
 from fastssl.objectives.base import ProjectedObjective
-from fastssl.recipes import RECIPES
+from fastssl.recipes import recipe_config
 from fastssl.train import train
 from fastssl_pipelines import Batch, View
 
@@ -95,8 +96,9 @@ class LightlyBarlow(ProjectedObjective):
     def __init__(self, features: int, config: Config):
         from lightly.loss import BarlowTwinsLoss
 
-        super().__init__(features, config.projector_width, config.projector_layers)
-        self._loss = BarlowTwinsLoss(lambda_param=config.lambd or 5e-3)
+        knobs: Any = config.objective
+        super().__init__(features, knobs)
+        self._loss = BarlowTwinsLoss(lambda_param=knobs.lambd or 5e-3)
 
     def loss(self, embeddings: Sequence[Tensor]) -> Tensor:
         return self._loss(*embeddings)
@@ -104,8 +106,8 @@ class LightlyBarlow(ProjectedObjective):
 
 def variants(epochs: int) -> Iterator[tuple[str, Config, bool, bool]]:
     """(name, config, lightly's views, lightly's loss), each with one change to the one before."""
-    config = replace(
-        RECIPES["cifar-small-barlow"],
+    config = recipe_config(
+        "cifar-small-barlow",
         image_size=32,
         backbone="fastnet-16",
         batch_size=256,
@@ -119,32 +121,30 @@ def variants(epochs: int) -> Iterator[tuple[str, Config, bool, bool]]:
     yield "lightly: transform, DataLoader, loss", config, True, True
     yield "+ fastssl's views", config, False, True
     yield "+ fastssl's loss", config, False, False
-    config = replace(config, channels_last=True)
+    config = configured(config, channels_last=True)
     yield "+ channels last", config, False, False
-    config = replace(config, precision="bfloat16")
+    config = configured(config, precision="bfloat16")
     yield "+ bfloat16", config, False, False
-    config = replace(config, projector_width=256, lambd=None)
+    config = configured(config, projector_width=256, lambd=None)
     yield "+ projector of 256, tuned weight", config, False, False
-    config = replace(config, views=4, epochs=max(1, epochs // 2))
+    config = configured(config, views=4, epochs=max(1, epochs // 2))
     yield "+ 4 views, half the epochs", config, False, False
-    config = replace(config, views=2, epochs=epochs, compile=True)
+    config = configured(config, views=2, epochs=epochs, compile=True)
     yield "2 views again, + torch.compile, its time counted", config, False, False
 
 
 def run(name: str, config: Config, images: int, theirs: tuple[bool, bool]) -> dict[str, Any]:
     """Train one variant; its probes, one per epoch."""
-    data = os.environ["FASTSSL_CIFAR10"]
-    train_images = load_images(data, "train", size=32, holdout=0.2)[:images]
-    test_images = load_images(data, "test", size=32, holdout=0.2)[:2000]
-    labels = [load_labels(data, s, holdout=0.2) for s in SPLITS]
-    known = [
-        torch.from_numpy(x[:n])
-        for x, n in zip(labels, (images, 2000), strict=True)
-        if x is not None
-    ]
+    config = configured(config, data=os.environ["FASTSSL_CIFAR10"], train_images=images)
+    splits = []
+    for part, most in (("train", images), ("test", 2000)):
+        split = open_split(config, part, hold=True)  # type: ignore[arg-type]
+        assert isinstance(split, ArraySplit)
+        splits.append(ArraySplit(config, part, split.pixels[:most]))  # type: ignore[arg-type]
+    train_images = splits[0].pixels
     views = build_views(config)
     backbone = seeded_backbone(config, CPU)
-    features: int = backbone.num_features  # type: ignore[assignment]
+    features = feature_width(backbone)
     objective = (
         LightlyBarlow(features, config)
         if theirs[1]
@@ -153,18 +153,12 @@ def run(name: str, config: Config, images: int, theirs: tuple[bool, bool]) -> di
     pipeline: Any = (
         LightlyPipeline(train_images, views, config)
         if theirs[0]
-        else resident(replace(config, device="cpu"), train_images)
+        else resident(configured(config, device="cpu"), train_images)
     )
-
-    def extract(net: torch.nn.Module) -> tuple[Tensor, Tensor]:
-        first, second = (centre_features(config, net, x) for x in (train_images, test_images))
-        return first, second
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
-        probe = OnlineProbe(
-            path / "probes.jsonl", extract, (known[0], known[1]), k=20, temperature=0.07
-        )
+        probe = OnlineKNN(path / "probes.jsonl", config, splits[0], splits[1])
         trained = train(config, pipeline, backbone, objective, path, lambda line: None, probe=probe)
         probes = read_probes(path / "probes.jsonl")
     return {
@@ -190,7 +184,7 @@ def main() -> int:
         for name, config, *theirs in variants(options.epochs):
             if options.match not in name:
                 continue
-            config = replace(config, seed=options.seed)
+            config = configured(config, seed=options.seed)
             row = run(name, config, options.images, (theirs[0], theirs[1]))
             if target is None:
                 target = row["probes"][3 * options.epochs // 4 - 1]["knn"]

@@ -1,11 +1,17 @@
-"""Backbones: images (N, 3, S, S) -> features (N, F). `backbone.num_features` is F.
+"""Backbones: images (N, 3, S, S) -> features (N, F); built, seeded, saved and loaded.
 
 Shapes: N batch, F features, S pixels per side.
 """
 
+import os
 import re
+from pathlib import Path
 
+import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from fastssl.config import Config
 
 
 class FastNet(nn.Sequential):
@@ -80,3 +86,52 @@ def _use_cifar_stem(model: nn.Module, name: str) -> None:
     stem = nn.Conv2d(3, first.out_channels, 3, stride=1, padding=1, bias=False)
     nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
     model.conv1, model.maxpool = stem, nn.Identity()
+
+
+def feature_width(backbone: nn.Module) -> int:
+    """F, the width of a backbone's features."""
+    return backbone.num_features  # type: ignore[return-value]
+
+
+def seeded_backbone(config: Config, device: torch.device) -> nn.Module:
+    """The backbone as `config.seed` initialises it, on `device`."""
+    torch.manual_seed(config.seed)
+    net = build_backbone(config.backbone, stem=config.stem, image_size=config.image_size)
+    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+    return net.to(device).to(memory_format=layout)
+
+
+def save_backbone(path: Path, backbone: nn.Module) -> None:
+    """The backbone's parameters and buffers as safetensors, under timm's names for a timm model."""
+    tensors = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()
+    }
+    temporary = path.with_name(path.name + ".tmp")
+    save_file(tensors, temporary)
+    os.replace(temporary, path)
+
+
+def load_backbone(path: Path, backbone: nn.Module, *, partial: bool = False) -> str:
+    """Fill every tensor of `backbone` from a file of `save_backbone`; returns the coverage, "loaded
+    62 of 62 tensors".
+
+    Anything less is a ValueError, unless `partial` asks for the tensors that fit.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: the run has not finished its pretraining")
+    tensors: dict[str, Tensor] = load_file(path)
+    wanted = backbone.state_dict()
+    fitting = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if name in wanted and wanted[name].shape == tensor.shape
+    }
+    coverage = f"loaded {len(fitting)} of {len(wanted)} tensors"
+    wrong = sorted((set(tensors) | set(wanted)) - set(fitting))
+    if wrong and not (partial and fitting):
+        raise ValueError(
+            f"{path} is not this backbone: {len(fitting)} of its {len(wanted)} tensors fit, first "
+            f"that does not: {wrong[0]}"
+        )
+    backbone.load_state_dict(fitting, strict=not wrong)
+    return coverage

@@ -1,4 +1,4 @@
-"""The ranks of a torchrun launch: who they are, what they agree on; no-ops for a process alone.
+"""The ranks of a torchrun launch and their collectives, which are no-ops for a single process.
 
 The losses' `group=` makes statistics global (fastssl_kernels/distributed.py has the contract), so
 that W ranks with batches of N / W take the step that one process takes with a batch of N.
@@ -26,8 +26,8 @@ TIMEOUT = timedelta(minutes=10)  # of a collective that a rank never joins
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among `world`. `group` is where losses meet, None alone; `host` is a group on
-    the CPU, for what the processes agree on without a sync of their devices."""
+    """This process among `world`. `group` is the losses' process group, None for one process;
+    `host` is a group on the CPU, for what processes agree on without a sync of their devices."""
 
     rank: int = 0
     world: int = 1
@@ -35,11 +35,11 @@ class Ranks:
     host: Any = None
 
     @property
-    def first(self) -> bool:
-        """Whether this process is the one that writes and speaks."""
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which saves, logs and evaluates."""
         return self.rank == 0
 
-    def most(self, *numbers: int) -> list[int]:
+    def all_reduce_max(self, *numbers: int) -> list[int]:
         """The largest of each number over all ranks; of flags, whether it is set on some rank."""
         if self.world == 1:
             return list(numbers)
@@ -47,9 +47,9 @@ class Ranks:
         dist.all_reduce(found, dist.ReduceOp.MAX, group=self.host)
         return found.tolist()
 
-    def share(self, number: float) -> float:
-        """The first rank's number."""
-        return self.mean(number * self.world if self.first else 0.0)
+    def broadcast(self, number: float) -> float:
+        """Rank 0's number."""
+        return self.mean(number * self.world if self.is_main else 0.0)
 
     def mean(self, number: float) -> float:
         """The mean of a number over ranks."""
@@ -59,6 +59,10 @@ class Ranks:
         dist.all_reduce(found, group=self.host)
         return float(found) / self.world
 
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.all_reduce_max(0)
+
     def gather(self, value: Any) -> list[Any]:
         """The value of every rank, in rank order."""
         if self.world == 1:
@@ -67,8 +71,23 @@ class Ranks:
         dist.all_gather_object(values, value, group=self.host)
         return values
 
+    def gather_to_main(self, value: Any) -> list[Any]:
+        """On rank 0 the value of every rank, in rank order; nothing on the others."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world if self.is_main else []
+        dist.gather_object(value, values or None, dst=0, group=self.host)
+        return values
 
-ALONE = Ranks()
+    def broadcast_buffers(self, module: nn.Module) -> None:
+        """Overwrite a module's buffers, the running statistics of its batch norms among them, by
+        those of rank 0."""
+        if self.world > 1:
+            for buffer in module.buffers():
+                dist.broadcast(buffer, src=0, group=self.group)
+
+
+SINGLE_PROCESS = Ranks()
 
 
 def is_launched() -> bool:
@@ -77,9 +96,9 @@ def is_launched() -> bool:
 
 
 @contextmanager
-def joined_ranks(device: str) -> Iterator[Ranks]:
-    """This process's Ranks: those of an initialised torch.distributed, of torchrun's variables, or
-    alone. A GPU rank takes the GPU of its LOCAL_RANK."""
+def init_distributed(device: str) -> Iterator[Ranks]:
+    """This process's Ranks: those of an initialised torch.distributed, those of torchrun's
+    variables, or a single process. A GPU rank takes the GPU of its LOCAL_RANK."""
     if dist.is_initialized():
         yield _ranks()
     elif is_launched():
@@ -92,7 +111,7 @@ def joined_ranks(device: str) -> Iterator[Ranks]:
         finally:
             dist.destroy_process_group()
     else:
-        yield ALONE
+        yield SINGLE_PROCESS
 
 
 def _ranks() -> Ranks:
@@ -111,13 +130,13 @@ def rank_batch(config: Config, world: int) -> int:
     return config.global_batch // world or config.batch_size
 
 
-def whole_batch(z: Tensor, group: Any) -> Tensor:
+def all_gather_with_grad(z: Tensor, group: Any) -> Tensor:
     """The views of all ranks (V, N, D) from this rank's, with the gradient that averaging over
     ranks makes the whole batch's."""
-    return gather_batch(z, group_name(group, "whole_batch"))
+    return gather_batch(z, group_name(group, "all_gather_with_grad"))
 
 
-def whole_index(index: Tensor, group: Any) -> Tensor:
+def all_gather_index(index: Tensor, group: Any) -> Tensor:
     """The images of all ranks (N,) from this rank's, as many of each."""
     if group is None:
         return index
@@ -176,7 +195,8 @@ class _RankBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def global_batch_norm(module: Net, ranks: Ranks) -> Net:
-    """`module` with every batch norm's statistics taken over all ranks' rows; unchanged alone."""
+    """`module` with every batch norm's statistics taken over all ranks' rows; unchanged for one
+    process."""
     if ranks.world == 1:
         return module
     if any(p.is_cuda for p in module.parameters()):

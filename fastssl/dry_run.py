@@ -1,4 +1,4 @@
-"""What a run will need, told before it starts: parameters, memory by part, steps, time.
+"""What a run will need, before it starts: parameters, memory by part, steps, time.
 
 A few real steps are taken on the run's own data, and nothing is written.
 
@@ -14,20 +14,22 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
+from fastssl.backbones import feature_width, seeded_backbone
 from fastssl.config import Config
-from fastssl.data.loading import choose_device, open_data, seeded_backbone
-from fastssl.distributed import ALONE
-from fastssl.objectives import build_objective
-from fastssl.objectives.oracles import Oracle
+from fastssl.data.loading import open_data
+from fastssl.device import choose_device
+from fastssl.distributed import SINGLE_PROCESS
+from fastssl.objectives import build_objective, complete
+from fastssl.objectives.oracles import Oracle, uses_oracle
 from fastssl.optim import build_optimizer
 from fastssl.step import Model, Step
 
-STEPS = 4  # taken; the first warms up
+MEASURED_STEPS = 4  # the first warms up
 MIB = 2**20
 
 
 @dataclass(frozen=True)
-class Forecast:
+class DryRun:
     """Parameters by part, MiB by part, optimizer steps, and the median of a few steps' times."""
 
     parameters: dict[str, int]
@@ -51,21 +53,22 @@ class Forecast:
         ]
 
 
-def forecast(config: Config, say: Callable[[str], None]) -> Forecast:
-    """The forecast of the run that `config` describes; ValueError where that run would refuse."""
-    device = choose_device(config.device)
-    data = open_data(config, device, say)
+def dry_run(config: Config, log: Callable[[str], None]) -> DryRun:
+    """What the run of `config` will need; ValueError where that run would refuse."""
+    config, device = complete(config), choose_device(config.device)
+    data = open_data(config, device, log)
     backbone = seeded_backbone(config, device)
-    features: int = backbone.num_features  # type: ignore[assignment]
-    count = len(data.images)
-    oracle = Oracle(count) if config.oracle != "none" else None  # one that knows nothing
-    objective = build_objective(config, features=features, num_samples=count, oracle=oracle)
+    count = len(data.train)
+    oracle = Oracle(count) if uses_oracle(config) else None  # one that knows nothing
+    objective = build_objective(
+        config, features=feature_width(backbone), num_samples=count, oracle=oracle
+    )
     model = Model(backbone, objective.to(device), config.accumulate).train()
     optimizer = build_optimizer(config, [backbone, objective])
-    step = Step(config, model, optimizer, ALONE, say)
+    step = Step(config, model, optimizer, SINGLE_PROCESS, log)
     times = []
     activations = 0
-    for batch in islice(data.pipeline.epoch(0), min(STEPS, len(data.pipeline))):
+    for batch in islice(data.pipeline.epoch(0), min(MEASURED_STEPS, len(data.pipeline))):
         saved = SavedTensors(model)
         begin = time.perf_counter()
         with saved.counted():
@@ -76,7 +79,7 @@ def forecast(config: Config, say: Callable[[str], None]) -> Forecast:
     moments = [x for state in optimizer.state.values() for x in state.values()]
     views = sum(view.nbytes for view in batch.views)
     on_device = getattr(getattr(data.pipeline, "images", None), "flat", None)
-    return Forecast(
+    return DryRun(
         parameters={
             "backbone": sum(p.numel() for p in backbone.parameters()),
             "head of the method": sum(p.numel() for p in objective.parameters()),

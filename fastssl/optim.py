@@ -1,6 +1,5 @@
-"""Optimizers, their parameter groups, and the learning rate of every step."""
+"""Optimizers and their parameter groups."""
 
-import math
 from typing import Any
 
 import torch
@@ -71,12 +70,3 @@ def _from_rest(optimizer: SGD) -> SGD:
         for parameter in group["params"] if group["momentum"] else ():
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
-
-
-def learning_rate(step: float, *, total: int, warmup: int, peak: float, final: float) -> float:
-    """Linear from peak / warmup to `peak` over `warmup` steps, then a cosine to `final` * peak at
-    the last step."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, total - 1 - warmup)
-    return peak * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))

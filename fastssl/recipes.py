@@ -1,11 +1,87 @@
-"""Named Configs. Above each: wall clock and accuracy on what hardware, or "not measured yet".
+"""The recipes: named Configs, each with a card of what it was measured to do.
 
-Each is run by `fastssl train NAME`; accuracies are those of the README's table.
+Each is run by `fastssl train NAME`. A recipe of a new method: its settings, its knobs, its card.
 """
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from fastssl.config import Config
+from fastssl.config import Config, knob_names
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What a recipe was measured to do: the mean of `n` seeds, without `train_s` nothing yet."""
+
+    hardware: str
+    train_s: int | None = None
+    """Seconds of training."""
+    accuracy: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Probe and labels per class of the neutral protocol -> mean and standard deviation."""
+    n: int = 0
+    date: str = ""
+    command: str = ""
+    """What measured it."""
+    results: str = ""
+    """The file with its rows, in bench/results/."""
+
+    def __str__(self) -> str:
+        if self.train_s is None:
+            return f"{self.hardware}: not measured yet"
+        cells = [f"{k.replace('_', ' ')} {m:.3f} ± {s:.3f}" for k, (m, s) in self.accuracy.items()]
+        return f"{self.hardware}, {self.train_s} s: {', '.join(cells)} (n {self.n}, {self.date})"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The settings of a run, the knobs of its method by name, and its card.
+
+    `knobs` may name some that only other methods have, for `--method`.
+    """
+
+    settings: Config
+    knobs: Mapping[str, Any]
+    card: Card
+
+    def config(self, method: str | None = None) -> Config:
+        """The complete Config; with `method`, that of another method with the same settings."""
+        from fastssl.objectives import configured, method_class  # which import torch
+
+        settings = replace(self.settings, method=method or self.settings.method)
+        known = knob_names(method_class(settings.method).Knobs)
+        return configured(settings, **{k: v for k, v in self.knobs.items() if k in known})
+
+
+def _measured(train_s: int, **accuracy: tuple[float, float]) -> Card:
+    """Of the digits, on 2 CPU cores."""
+    return Card(
+        hardware="2 CPU cores",
+        train_s=train_s,
+        accuracy=accuracy,
+        n=3,
+        date="2026-11-22",
+        command="python -m bench --only accuracy --match digits",
+        results="cpu-2-cores/accuracy.jsonl",
+    )
+
+
+def _small(train_s: int, **accuracy: tuple[float, float]) -> Card:
+    """Of 5,000 images of CIFAR-10, on one CPU core."""
+    return Card(
+        hardware="a CPU core",
+        train_s=train_s,
+        accuracy=accuracy,
+        n=3,
+        date="2026-11-22",
+        command="python -m bench --only accuracy --match methods",
+        results="cpu-2-cores/accuracy-methods.jsonl",
+    )
+
+
+_GPU_CIFAR10 = Card(hardware="a GPU, CIFAR-10")
+_GPU_FOLDER = Card(hardware="a GPU, a folder of images")
+_CPU_FOLDER = Card(hardware="a CPU, a folder of images")
 
 _DIGITS = Config(
     data="digits",
@@ -17,8 +93,6 @@ _DIGITS = Config(
     warmup_epochs=5,
     lr=1.5e-3,
     weight_decay=0.05,
-    projector_width=256,
-    projector_layers=2,
 )
 
 _CIFAR10 = Config(
@@ -29,8 +103,44 @@ _CIFAR10 = Config(
     stem="cifar",
     batch_size=256,
     epochs=200,
-    projector_width=2048,
-    projector_layers=3,
+)
+
+_MANY_VIEWS = replace(
+    _CIFAR10,
+    method="barlow",
+    policy="multiview_cifar",
+    batch_size=128,
+    epochs=100,
+    lr=1e-3,
+    weight_decay=1e-6,
+    precision="bfloat16",
+)
+
+# One net and one set of 5,000 images for every method, about a minute of training on one core that
+# multiplies bfloat16 (AVX512-BF16, AMX); elsewhere --precision float32 is quicker.
+_CIFAR_SMALL = Config(
+    data="cifar10",
+    train_images=5000,
+    policy="simclr_cifar",
+    image_size=16,
+    backbone="fastnet",
+    batch_size=128,
+    epochs=12,
+    warmup_epochs=1,
+    lr=3e-3,
+    weight_decay=0.05,
+    precision="bfloat16",
+)
+
+_CPU_PHOTOS = Config(
+    policy="mocov2",
+    image_size=48,
+    load_size=64,
+    backbone="fastnet",
+    batch_size=128,
+    epochs=40,
+    warmup_epochs=4,
+    lr=3e-3,
 )
 
 
@@ -53,111 +163,142 @@ def _emp_ssl(config: Config) -> Config:
     )
 
 
-_MANY_VIEWS = replace(
-    _CIFAR10,
-    method="barlow",
-    policy="multiview_cifar",
-    batch_size=128,
-    epochs=100,
-    lr=1e-3,
-    weight_decay=1e-6,
-    projector_width=256,
-    projector_layers=2,
-    precision="bfloat16",
-)
+def _projector(width: int, layers: int, **others: Any) -> dict[str, Any]:
+    return {"projector_width": width, "projector_layers": layers, **others}
 
-# One net and one set of 5,000 images for every method, about a minute of training on one core that
-# multiplies bfloat16 (AVX512-BF16, AMX); elsewhere --precision float32 is quicker.
-_CIFAR_SMALL = Config(
-    data="cifar10",
-    train_images=5000,
-    policy="simclr_cifar",
-    image_size=16,
-    backbone="fastnet",
-    batch_size=128,
-    epochs=12,
-    warmup_epochs=1,
-    lr=3e-3,
-    weight_decay=0.05,
-    projector_width=256,
-    projector_layers=2,
-    precision="bfloat16",
-)
 
-_CPU_PHOTOS = Config(
-    policy="mocov2",
-    image_size=48,
-    load_size=64,
-    backbone="fastnet",
-    batch_size=128,
-    epochs=40,
-    warmup_epochs=4,
-    lr=3e-3,
-    projector_width=512,
-    projector_layers=2,
-)
+_SMALL_PROJECTOR = _projector(256, 2)
+_CIFAR10_PROJECTOR = _projector(2048, 3)
+_PHOTOS_PROJECTOR = _projector(512, 2)
 
-RECIPES: dict[str, Config] = {
-    # 2 CPU cores, 37 s; 10 labels per class: linear .970 (n 3, std .002), kNN .963 (.002)
-    "digits-diet": replace(_DIGITS, method="diet", views=2),
-    # 2 CPU cores, 33 s; 10 labels per class: linear .964 (n 3, std .001), kNN .878 (.005)
-    "digits-barlow": replace(_DIGITS, method="barlow", lambd=0.02),
-    # a GPU, CIFAR-10: not measured yet
-    "cifar10-diet": replace(
-        _CIFAR10, method="diet", policy="diet_cifar", views=1, epochs=1000, batch_size=2048, lr=8e-3
+RECIPES: dict[str, Recipe] = {
+    "digits-diet": Recipe(
+        replace(_DIGITS, method="diet", views=2),
+        _SMALL_PROJECTOR,
+        _measured(37, linear_10=(0.970, 0.002), knn_10=(0.963, 0.002)),
     ),
-    "cifar10-barlow": replace(_CIFAR10, method="barlow", lambd=0.001),
-    "cifar10-vicreg": replace(_CIFAR10, method="vicreg", cov_coeff=1.0),
-    "cifar10-simclr": replace(_CIFAR10, method="simclr", projector_layers=2),
-    # a GPU, CIFAR-10, the small projector and many views of arXiv:2312.10725: not measured yet
-    "cifar10-barlow-2-views": _MANY_VIEWS,
-    "cifar10-barlow-4-views": replace(_MANY_VIEWS, views=4),
-    "cifar10-barlow-8-views": replace(_MANY_VIEWS, views=8),
-    # a GPU, CIFAR-10, one epoch as arXiv:2304.03977: not measured yet
-    "cifar10-emp_ssl": replace(_emp_ssl(_CIFAR10), projector_width=4096),
-    # a CPU core, 38 s; kNN .392 (n 3, std .013), linear .463 (.010)
-    "cifar-small-barlow": replace(_CIFAR_SMALL, method="barlow"),
-    # a CPU core, 40 s; kNN .384 (n 3, std .004), linear .456 (.012)
-    "cifar-small-barlow-4-views": replace(_CIFAR_SMALL, method="barlow", views=4, epochs=6),
-    # a CPU core, 38 s; kNN .389 (n 3, std .005), linear .463 (.010)
-    "cifar-small-vicreg": replace(_CIFAR_SMALL, method="vicreg"),
-    # a CPU core, 40 s; kNN .386 (n 3, std .004), linear .459 (.005)
-    "cifar-small-vicreg_exp": replace(_CIFAR_SMALL, method="vicreg_exp", cov_coeff=10.0),
-    # a CPU core, 43 s; kNN .393 (n 3, std .003), linear .471 (.002)
-    "cifar-small-vicreg_ctr": replace(_CIFAR_SMALL, method="vicreg_ctr", cov_coeff=10.0),
-    # a CPU core, 47 s; kNN .445 (n 3, std .003), linear .480 (.003)
-    "cifar-small-simclr": replace(_CIFAR_SMALL, method="simclr"),
-    # a CPU core, 42 s; kNN .439 (n 3, std .005), linear .481 (.009)
-    "cifar-small-simclr_abs": replace(_CIFAR_SMALL, method="simclr_abs"),
-    # a CPU core, 46 s; kNN .448 (n 3, std .007), linear .482 (.006)
-    "cifar-small-simclr_sq": replace(_CIFAR_SMALL, method="simclr_sq"),
-    # a CPU core, 41 s; kNN .414 (n 3, std .004), linear .459 (.005)
-    "cifar-small-spectral": replace(_CIFAR_SMALL, method="spectral"),
-    # a CPU core, 35 s; kNN .404 (n 3, std .010), linear .422 (.012)
-    "cifar-small-emp_ssl": replace(_emp_ssl(_CIFAR_SMALL), projector_width=512, projector_layers=3),
-    # a CPU core, 94 s; kNN .369 (n 3, std .007), linear .429 (.007)
-    "cifar-small-diet": replace(_CIFAR_SMALL, method="diet", epochs=24, lr=2e-3),
-    # a CPU core, 85 s; kNN .399 (n 3, std .008), linear .454 (.003)
-    "cifar-small-sdiet": replace(_CIFAR_SMALL, method="sdiet", epochs=24, lr=2e-3),
-    # a CPU core, 38 s; kNN .448 (n 3, std .003), linear .486 (.003)
-    "cifar-small-pal": replace(_CIFAR_SMALL, method="simclr", oracle="labels", oracle_share=0.1),
-    # a CPU core, 41 s; kNN .447 (n 3, std .001), linear .484 (.003)
-    "cifar-small-pal-queries": replace(
-        _CIFAR_SMALL, method="simclr", oracle="queries", oracle_queries=2000
+    "digits-barlow": Recipe(
+        replace(_DIGITS, method="barlow"),
+        _SMALL_PROJECTOR | {"lambd": 0.02},
+        _measured(33, linear_10=(0.964, 0.001), knn_10=(0.878, 0.005)),
     ),
-    # a folder of images, a small net for CPUs: not measured yet
-    "barlow-cpu": replace(_CPU_PHOTOS, method="barlow", lambd=0.01),
-    "diet-cpu": replace(_CPU_PHOTOS, method="diet", views=1),
-    # a folder of images, a GPU: not measured yet
-    "barlow": Config(method="barlow", lambd=0.0051),
-    "diet": Config(method="diet", views=1),
-    "vicreg": Config(method="vicreg", cov_coeff=1.0),
-    "simclr": Config(method="simclr", projector_width=2048, projector_layers=2),
+    "cifar10-diet": Recipe(
+        replace(
+            _CIFAR10,
+            method="diet",
+            policy="diet_cifar",
+            views=1,
+            epochs=1000,
+            batch_size=2048,
+            lr=8e-3,
+        ),
+        _CIFAR10_PROJECTOR,
+        _GPU_CIFAR10,
+    ),
+    "cifar10-barlow": Recipe(
+        replace(_CIFAR10, method="barlow"), _CIFAR10_PROJECTOR | {"lambd": 0.001}, _GPU_CIFAR10
+    ),
+    "cifar10-vicreg": Recipe(
+        replace(_CIFAR10, method="vicreg"), _CIFAR10_PROJECTOR | {"cov_coeff": 1.0}, _GPU_CIFAR10
+    ),
+    "cifar10-simclr": Recipe(replace(_CIFAR10, method="simclr"), _projector(2048, 2), _GPU_CIFAR10),
+    # the small projector and many views of arXiv:2312.10725
+    "cifar10-barlow-2-views": Recipe(_MANY_VIEWS, _SMALL_PROJECTOR, _GPU_CIFAR10),
+    "cifar10-barlow-4-views": Recipe(replace(_MANY_VIEWS, views=4), _SMALL_PROJECTOR, _GPU_CIFAR10),
+    "cifar10-barlow-8-views": Recipe(replace(_MANY_VIEWS, views=8), _SMALL_PROJECTOR, _GPU_CIFAR10),
+    "cifar10-emp_ssl": Recipe(_emp_ssl(_CIFAR10), _projector(4096, 3), _GPU_CIFAR10),
+    "cifar-small-barlow": Recipe(
+        replace(_CIFAR_SMALL, method="barlow"),
+        _SMALL_PROJECTOR,
+        _small(38, knn_all=(0.392, 0.013), linear_all=(0.463, 0.010)),
+    ),
+    "cifar-small-barlow-4-views": Recipe(
+        replace(_CIFAR_SMALL, method="barlow", views=4, epochs=6),
+        _SMALL_PROJECTOR,
+        _small(40, knn_all=(0.384, 0.004), linear_all=(0.456, 0.012)),
+    ),
+    "cifar-small-vicreg": Recipe(
+        replace(_CIFAR_SMALL, method="vicreg"),
+        _SMALL_PROJECTOR,
+        _small(38, knn_all=(0.389, 0.005), linear_all=(0.463, 0.010)),
+    ),
+    "cifar-small-vicreg_exp": Recipe(
+        replace(_CIFAR_SMALL, method="vicreg_exp"),
+        _SMALL_PROJECTOR | {"cov_coeff": 10.0},
+        _small(40, knn_all=(0.386, 0.004), linear_all=(0.459, 0.005)),
+    ),
+    "cifar-small-vicreg_ctr": Recipe(
+        replace(_CIFAR_SMALL, method="vicreg_ctr"),
+        _SMALL_PROJECTOR | {"cov_coeff": 10.0},
+        _small(43, knn_all=(0.393, 0.003), linear_all=(0.471, 0.002)),
+    ),
+    "cifar-small-simclr": Recipe(
+        replace(_CIFAR_SMALL, method="simclr"),
+        _SMALL_PROJECTOR,
+        _small(47, knn_all=(0.445, 0.003), linear_all=(0.480, 0.003)),
+    ),
+    "cifar-small-simclr_abs": Recipe(
+        replace(_CIFAR_SMALL, method="simclr_abs"),
+        _SMALL_PROJECTOR,
+        _small(42, knn_all=(0.439, 0.005), linear_all=(0.481, 0.009)),
+    ),
+    "cifar-small-simclr_sq": Recipe(
+        replace(_CIFAR_SMALL, method="simclr_sq"),
+        _SMALL_PROJECTOR,
+        _small(46, knn_all=(0.448, 0.007), linear_all=(0.482, 0.006)),
+    ),
+    "cifar-small-spectral": Recipe(
+        replace(_CIFAR_SMALL, method="spectral"),
+        _SMALL_PROJECTOR,
+        _small(41, knn_all=(0.414, 0.004), linear_all=(0.459, 0.005)),
+    ),
+    "cifar-small-emp_ssl": Recipe(
+        _emp_ssl(_CIFAR_SMALL),
+        _projector(512, 3),
+        _small(35, knn_all=(0.404, 0.010), linear_all=(0.422, 0.012)),
+    ),
+    "cifar-small-diet": Recipe(
+        replace(_CIFAR_SMALL, method="diet", epochs=24, lr=2e-3),
+        _SMALL_PROJECTOR,
+        _small(94, knn_all=(0.369, 0.007), linear_all=(0.429, 0.007)),
+    ),
+    "cifar-small-sdiet": Recipe(
+        replace(_CIFAR_SMALL, method="sdiet", epochs=24, lr=2e-3),
+        _SMALL_PROJECTOR,
+        _small(85, knn_all=(0.399, 0.008), linear_all=(0.454, 0.003)),
+    ),
+    "cifar-small-pal": Recipe(
+        replace(_CIFAR_SMALL, method="simclr"),
+        _SMALL_PROJECTOR | {"oracle": "labels", "oracle_share": 0.1},
+        _small(38, knn_all=(0.448, 0.003), linear_all=(0.486, 0.003)),
+    ),
+    "cifar-small-pal-queries": Recipe(
+        replace(_CIFAR_SMALL, method="simclr"),
+        _SMALL_PROJECTOR | {"oracle": "queries", "oracle_queries": 2000},
+        _small(41, knn_all=(0.447, 0.001), linear_all=(0.484, 0.003)),
+    ),
+    "barlow-cpu": Recipe(
+        replace(_CPU_PHOTOS, method="barlow"), _PHOTOS_PROJECTOR | {"lambd": 0.01}, _CPU_FOLDER
+    ),
+    "diet-cpu": Recipe(
+        replace(_CPU_PHOTOS, method="diet", views=1), _PHOTOS_PROJECTOR, _CPU_FOLDER
+    ),
+    "barlow": Recipe(Config(method="barlow"), {"lambd": 0.0051}, _GPU_FOLDER),
+    "diet": Recipe(Config(method="diet", views=1), {}, _GPU_FOLDER),
+    "vicreg": Recipe(Config(method="vicreg"), {"cov_coeff": 1.0}, _GPU_FOLDER),
+    "simclr": Recipe(Config(method="simclr"), _projector(2048, 2), _GPU_FOLDER),
 }
 
 
-def find_recipe(name: str) -> Config:
-    """The recipe's Config; ValueError lists the recipes there are."""
+def find_recipe(name: str) -> Recipe:
+    """The recipe of that name; ValueError lists the recipes there are."""
     if name not in RECIPES:
         raise ValueError(f"unknown recipe {name!r}; there are {', '.join(RECIPES)}")
     return RECIPES[name]
+
+
+def recipe_config(name: str, **changes: Any) -> Config:
+    """The Config of a recipe with some settings or knobs changed, by name."""
+    from fastssl.objectives import configured
+
+    return configured(find_recipe(name).config(changes.get("method")), **changes)

@@ -21,7 +21,9 @@ from torch.utils.checkpoint import checkpoint
 
 from fastssl.config import Config
 from fastssl.distributed import Ranks
-from fastssl.objectives import Objective
+from fastssl.objectives.base import Objective
+from fastssl_pipelines import Batch, Pipeline
+from fastssl_pipelines.engines.streaming import StreamingPipeline
 
 Metrics = dict[str, Tensor]
 
@@ -91,13 +93,13 @@ class Step:
         model: Model,
         optimizer: Optimizer,
         ranks: Ranks,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
     ):
-        self._model, self._optimizer, self._ranks, self._say = model, optimizer, ranks, say
+        self._model, self._optimizer, self._ranks, self._log = model, optimizer, ranks, log
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._device = self._parameters[0].device
         self._bfloat16 = config.precision == "bfloat16"
-        self._skips_itself = bool(optimizer.defaults.get("fused"))
+        self._skips_nonfinite = bool(optimizer.defaults.get("fused"))
         self._plain = _over_ranks(model, ranks)
         self._graphs = config.cuda_graphs
         mode = "reduce-overhead" if config.cuda_graphs else None
@@ -120,7 +122,7 @@ class Step:
             if self._forward is self._plain:
                 raise
             reason = " ".join(str(error).split())[:200]
-            self._say(f"torch.compile failed, so the run goes on without it: {reason}")
+            self._log(f"torch.compile failed, continuing without it: {reason}")
             self._forward = self._plain
             metrics, features = self._gradient(views, index)
         norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
@@ -143,11 +145,21 @@ class Step:
         """The optimizer's step unless bad, () float32, is 1. Fused optimizers read it on the
         device, as they do for a GradScaler; others cost a sync."""
         optimizer: Any = self._optimizer
-        if self._skips_itself:
+        if self._skips_nonfinite:
             optimizer.found_inf = bad
             optimizer.step()
         elif not bad.item():
             optimizer.step()
+
+
+def equal_rows(batch: Batch, pipeline: Pipeline, ranks: Ranks) -> Batch:
+    """`batch` cut to the rows that every rank has: a streamed batch is shorter where an image could
+    not be read, and most losses gather equal batches. A collective call."""
+    if ranks.world == 1 or not isinstance(pipeline, StreamingPipeline):
+        return batch
+    (fewest,) = ranks.all_reduce_max(-len(batch.index))
+    rows = slice(-fewest)
+    return Batch([view[rows] for view in batch.views], batch.index[rows], batch.params)
 
 
 def _over_ranks(model: Model, ranks: Ranks) -> nn.Module:

@@ -10,26 +10,27 @@ from pathlib import Path
 
 from torch import nn
 
+from fastssl.backbones import feature_width
 from fastssl.config import Config
-from fastssl.distributed import ALONE, Ranks
-from fastssl.evaluation.collapse import CollapseWatcher
-from fastssl.evaluation.online_knn import OnlineProbe
-from fastssl.evaluation.spectrum import SpectrumQueue
-from fastssl.objectives import Objective
+from fastssl.device import device_of
+from fastssl.distributed import SINGLE_PROCESS, Ranks
+from fastssl.evaluation.collapse import CollapseDetector, SpectrumQueue
+from fastssl.evaluation.online_knn import OnlineKNN
+from fastssl.objectives.base import Objective
 from fastssl.optim import build_optimizer
-from fastssl.runtime.metrics_log import Log
-from fastssl.runtime.nan_guard import FiniteGuard
+from fastssl.runtime.checkpoint import CheckpointTimer, TrainCheckpointer
+from fastssl.runtime.metrics_log import MetricsLog
+from fastssl.runtime.nan_guard import NonFiniteGuard
 from fastssl.runtime.signals import stop_signals
-from fastssl.runtime.state import RunState, SaveClock, device_of
-from fastssl.runtime.watchdog import StallWatch
+from fastssl.runtime.watchdog import Watchdog
 from fastssl.schedule import Schedule
-from fastssl.step import Model, Step
+from fastssl.step import Model, Step, equal_rows
 from fastssl_pipelines import Pipeline, View
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run came to: optimizer steps and seconds of training in all its sessions, views/s of
+    """The totals of a run: optimizer steps and seconds of training over all sessions, views/s of
     this one."""
 
     steps: int
@@ -43,27 +44,27 @@ def train(
     backbone: nn.Module,
     objective: Objective,
     folder: Path,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     *,
-    ranks: Ranks = ALONE,
-    probe: OnlineProbe | None = None,
+    ranks: Ranks = SINGLE_PROCESS,
+    probe: OnlineKNN | None = None,
     views_of: Callable[[int], tuple[View, ...]] | None = None,
 ) -> Trained:
     """Pretrain `backbone` and `objective` in place.
 
-    probe: asked by the first rank every `config.probe_epochs`, its time not counted. views_of: the
-    views of each epoch, where they change. Reports and checkpoints go to `folder`; a checkpoint
-    found there is resumed, to the same weights as without the interruption. On SIGINT, SIGTERM or
-    SIGUSR1 the step at hand is finished and saved, then Interrupted is raised. Raises
-    NonFiniteLossError where the loss or its gradient is NaN or infinite (`FiniteGuard`), and
-    CollapseError where the features collapse and `config.on_collapse` is "stop".
+    probe: called every `config.probe_epochs`, its time not counted. views_of: the views of each
+    epoch, where they change. Metrics and checkpoints go to `folder`; a checkpoint found there is
+    resumed, to the same weights as without the interruption. On SIGINT, SIGTERM or SIGUSR1 the
+    current step is finished and saved, then Interrupted is raised. Raises NonFiniteLossError where
+    the loss or its gradient is NaN or infinite (`NonFiniteGuard`), and CollapseError where the
+    features collapse and `config.on_collapse` is "stop".
     """
     model = Model(backbone, objective, config.accumulate).train()
     optimizer = build_optimizer(config, [backbone, objective])
-    width: int = backbone.num_features  # type: ignore[assignment]
+    width = feature_width(backbone)
     spectrum = SpectrumQueue(width, device_of(model))
-    collapse = CollapseWatcher(config, width, say)
-    state = RunState(
+    collapse = CollapseDetector(config, width, log)
+    checkpointer = TrainCheckpointer(
         folder / "checkpoint",
         {"modules": model, "optimizer": optimizer, "spectrum": spectrum, "collapse": collapse},
         device=device_of(model),
@@ -71,55 +72,72 @@ def train(
         seed=config.seed,
         ranks=ranks,
     )
-    at, schedule = state.load(say), Schedule(config, len(pipeline))
-    if at.step:
-        say(f"resumed at step {at.step} of {schedule.steps(at)}")
-    step = Step(config, model, optimizer, ranks, say)
-    guard, clock = FiniteGuard(model, config.on_nonfinite, say), SaveClock(config.checkpoint_s)
-    if probe:
-        probe.forget_after(at.step)
-    log = Log(folder / "metrics.jsonl" if ranks.first else None, schedule.steps(at), at.step)
-    begin, earlier_s, seen, waited_s = time.perf_counter(), at.train_s, 0, 0.0
-    with log, StallWatch(say, config.stall_s) as stall, stop_signals() as stop, stop.held():
-        while not schedule.is_over(at):
-            epoch, skip = divmod(at.step, len(pipeline))
+    state, schedule = checkpointer.load(log), Schedule(config, len(pipeline))
+    if state.step:
+        log(f"resumed at step {state.step} of {schedule.steps(state)}")
+    step = Step(config, model, optimizer, ranks, log)
+    guard = NonFiniteGuard(model, config.on_nonfinite, log)
+    timer = CheckpointTimer(config.checkpoint_s)
+    if probe and ranks.is_main:
+        probe.forget_after(state.step)
+    metrics_path = folder / "metrics.jsonl" if ranks.is_main else None
+    metrics_log = MetricsLog(metrics_path, schedule.steps(state), state.step)
+    begin, earlier_s, seen, waited_s = time.perf_counter(), state.train_s, 0, 0.0
+    with (
+        metrics_log,
+        Watchdog(log, config.stall_s) as watchdog,
+        stop_signals() as stop,
+        stop.deferred(),
+    ):
+        while not schedule.is_over(state):
+            epoch, skip = divmod(state.step, len(pipeline))
             views = views_of(epoch) if views_of else None
             asked = time.perf_counter()
-            for batch in stall.batches(pipeline.epoch(epoch, skip=skip, views=views)):
+            for batch in watchdog.batches(pipeline.epoch(epoch, skip=skip, views=views)):
+                batch = equal_rows(batch, pipeline, ranks)
                 waited_s += time.perf_counter() - asked
-                lr = schedule.lr(at)
+                lr = schedule.lr(state)
                 metrics, features = step(batch.views, batch.index, lr)
                 spectrum.update(features)
-                at.step += 1
-                guard.add(at.step, batch.index, metrics.pop("finite"))
+                state.step += 1
+                guard.add(state.step, batch.index, metrics.pop("finite"))
                 seen += len(batch.index) * len(batch.views)
-                probing = schedule.is_probed(at)
-                if probing or at.step % config.log_every == 0 or at.step == schedule.total:
-                    stall.phase("reading metrics")
-                    guard.check()  # the only sync with the device; the clock is read behind it
+                # The guard is checked at three places, each before something that a non-finite step
+                # would spoil: the clock and the probe, the metrics, the checkpoint. Each check is a
+                # sync with the device, so there are none at other steps.
+                probing = schedule.is_probed(state)
+                if probing or state.step % config.log_every == 0 or state.step == schedule.total:
+                    watchdog.phase("reading metrics")
+                    guard.check()  # waits for the device, so the clock below covers whole steps
                 spent_s = time.perf_counter() - begin
-                at.train_s = ranks.share(earlier_s + spent_s)
+                # Under a time budget the learning rate and the end depend on the clock: all ranks
+                # take rank 0's, or they would leave the loop at different steps and hang.
+                state.train_s = ranks.broadcast(earlier_s + spent_s)
                 if probing:
-                    stall.phase("probing")
-                    at.knn = ranks.share(probe(backbone, at) if probe else 0.0)
-                    begin = time.perf_counter() - spent_s
-                over = schedule.is_over(at)
-                if at.step % config.log_every == 0 or over:
-                    stall.phase("reading metrics")
+                    watchdog.phase("probing")
+                    state.knn = ranks.broadcast(probe(backbone, state) if probe else 0.0)
+                    begin = time.perf_counter() - spent_s  # the probe's time is not training time
+                over = schedule.is_over(state)
+                if state.step % config.log_every == 0 or over:
+                    watchdog.phase("reading metrics")
                     guard.check()
                     values = {name: ranks.mean(x.item()) for name, x in metrics.items()}
                     rates = {"views_per_s": seen / spent_s, "data_wait": waited_s / spent_s}
-                    quality = spectrum.report(at_once=over) if ranks.first else {}
-                    log.write(at.step, {"epoch": epoch, **values, "lr": lr, **rates, **quality})
-                    collapse.check(at.step, quality)
-                due, signal = ranks.most(clock.is_due(), stop.received or 0)
+                    quality = spectrum.report(at_once=over) if ranks.is_main else {}
+                    report = {"epoch": epoch, **values, "lr": lr, **rates, **quality}
+                    metrics_log.write(state.step, report)
+                    collapse.check(state.step, quality)
+                # A signal may reach one rank alone, and each rank has its own timer: saving is a
+                # collective call, so they agree on it at every step.
+                due, signal = ranks.all_reduce_max(timer.is_due(), stop.received or 0)
                 if due or signal or over:
-                    stall.phase("saving")
+                    watchdog.phase("saving")
                     guard.check()
-                    clock.time(lambda: state.save(at))
-                stop.obey(signal)
-                stall.made(at.step)
+                    timer.time(lambda: checkpointer.save(state))
+                stop.raise_if(signal)
+                watchdog.step_done(state.step)
                 if over:
                     break
                 asked = time.perf_counter()
-    return Trained(at.step, at.train_s, seen / max(time.perf_counter() - begin, 1e-9))
+    views_per_s = seen / max(time.perf_counter() - begin, 1e-9)
+    return Trained(state.step, state.train_s, views_per_s)

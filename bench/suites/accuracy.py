@@ -20,7 +20,6 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
@@ -30,8 +29,9 @@ import torch
 
 from fastssl.config import Config
 from fastssl.evaluation.online_knn import read_probes
+from fastssl.objectives import configured
 from fastssl.pretrain import pretrain
-from fastssl.recipes import RECIPES
+from fastssl.recipes import RECIPES, recipe_config
 from fastssl.runtime.metrics_log import read_metrics
 
 SEEDS = (0, 1, 2)
@@ -41,13 +41,13 @@ Experiment = Callable[[str], Iterator[Named]]
 
 def digits(device: str) -> Iterator[Named]:
     for name in ("digits-diet", "digits-barlow"):
-        yield name, RECIPES[name]
+        yield name, recipe_config(name)
 
 
 def methods(device: str) -> Iterator[Named]:
-    for name, config in RECIPES.items():
+    for name in RECIPES:
         if name.startswith("cifar-small"):
-            yield name, config
+            yield name, recipe_config(name)
 
 
 def _many_views(device: str) -> Config:
@@ -55,52 +55,52 @@ def _many_views(device: str) -> Config:
     device."""
     if device == "cuda":
         short = {"epochs": 20, "warmup_epochs": 2, "probe_epochs": 1}
-        return replace(RECIPES["cifar10-barlow-2-views"], **short)
-    return replace(RECIPES["cifar-small-barlow"], probe_epochs=2)
+        return recipe_config("cifar10-barlow-2-views", **short)
+    return recipe_config("cifar-small-barlow", probe_epochs=2)
 
 
 def views(device: str) -> Iterator[Named]:
-    base = replace(_many_views(device), label_draws=2)
+    base = configured(_many_views(device), label_draws=2)
     for method in ("barlow", "vicreg"):
         for count, width in ((2, 8192), (2, 256), (4, 256), (8, 256)):
-            config = replace(base, method=method, views=count, projector_width=width)
+            config = configured(base, method=method, views=count, projector_width=width)
             yield f"{method}, {count} views, width {width}", config
 
 
 def data(device: str) -> Iterator[Named]:
-    base = replace(_many_views(device), label_draws=2)
+    base = configured(_many_views(device), label_draws=2)
     images = base.train_images or 50_000
     for share in (1, 2, 4):
         longer = {"epochs": share * base.epochs, "probe_epochs": share * base.probe_epochs}
         for count in (2, 4, 8):
-            config = replace(base, views=count, train_images=images // share, **longer)
+            config = configured(base, views=count, train_images=images // share, **longer)
             yield f"barlow, {count} views, {images // share} images", config
 
 
 def emp_ssl(device: str) -> Iterator[Named]:
     name = "cifar10-emp_ssl" if device == "cuda" else "cifar-small-emp_ssl"
     for epochs in (1, 10):
-        yield f"{name}, {epochs} epochs", replace(RECIPES[name], epochs=epochs, label_draws=2)
+        yield f"{name}, {epochs} epochs", recipe_config(name, epochs=epochs, label_draws=2)
 
 
 def diet(device: str) -> Iterator[Named]:
     yield (
         "digits-diet, probed",
-        replace(RECIPES["digits-diet"], probe_epochs=2, log_every=11, label_draws=2),
+        recipe_config("digits-diet", probe_epochs=2, log_every=11, label_draws=2),
     )
 
 
 def engines(device: str) -> Iterator[Named]:
     """load_size: what every image of the subset has, so that all engines crop the same pixels."""
-    base = replace(RECIPES["barlow-cpu"], load_size=224, epochs=15, label_draws=2)
+    base = recipe_config("barlow-cpu", load_size=224, epochs=15, label_draws=2)
     for engine in ("resident", "dali", "ffcv"):
-        yield f"barlow-cpu, 15 epochs, {engine}", replace(base, engine=engine)
+        yield f"barlow-cpu, 15 epochs, {engine}", configured(base, engine=engine)
 
 
 def gpu(device: str) -> Iterator[Named]:
     fast: dict[str, Any] = {"precision": "bfloat16", "epochs": 20, "warmup_epochs": 2}
     for name in ("cifar10-barlow", "cifar10-vicreg", "cifar10-diet"):
-        yield f"{name}, 20 epochs", replace(RECIPES[name], **fast, probe_epochs=1)
+        yield f"{name}, 20 epochs", recipe_config(name, **fast, probe_epochs=1)
 
 
 def runs(device: str) -> Iterator[tuple[str, str, Config]]:
@@ -113,14 +113,14 @@ def runs(device: str) -> Iterator[tuple[str, str, Config]]:
     experiments |= {digits: handwritten, diet: handwritten, emp_ssl: cifar, views: cifar}
     experiments |= {data: cifar, methods: cifar, engines: jpegs}
     cases = [
-        (experiment.__name__, name, replace(config, device=device, data=where))
+        (experiment.__name__, name, configured(config, device=device, data=where))
         for experiment, where in experiments.items()
         if where
         for name, config in experiment(device)
     ]
     order = product(SEEDS, cases) if cuda else ((seed, case) for case in cases for seed in SEEDS)
     for seed, (experiment, name, config) in order:
-        yield experiment, name, replace(config, seed=seed)
+        yield experiment, name, configured(config, seed=seed)
 
 
 def rows(device: str, end: float, match: str) -> Iterator[dict[str, Any]]:
@@ -136,7 +136,7 @@ def rows(device: str, end: float, match: str) -> Iterator[dict[str, Any]]:
                 "seed": config.seed,
                 "epochs": config.epochs,
                 "views": config.views,
-                "width": config.projector_width,
+                "width": getattr(config.objective, "projector_width", None),
                 "images": config.train_images,
                 "threads": torch.get_num_threads(),
             },

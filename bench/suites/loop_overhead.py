@@ -7,7 +7,7 @@ latter are too small to be seen as a difference of whole runs on a shared machin
 
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
@@ -18,13 +18,14 @@ from torch import Tensor
 from bench.measure import Call, Case
 from bench.suites.train_step import build, resident
 from bench.suites.views import random_images
+from fastssl.backbones import feature_width
 from fastssl.config import Config
-from fastssl.data.loading import centre_features
+from fastssl.evaluation.collapse import SpectrumQueue
+from fastssl.evaluation.features import centre_features
 from fastssl.evaluation.probes import knn_accuracy
-from fastssl.evaluation.spectrum import SpectrumQueue
-from fastssl.recipes import RECIPES
-from fastssl.runtime.metrics_log import Log
-from fastssl.runtime.nan_guard import FiniteGuard
+from fastssl.recipes import recipe_config
+from fastssl.runtime.metrics_log import MetricsLog
+from fastssl.runtime.nan_guard import NonFiniteGuard
 from fastssl.step import Model, Step
 from fastssl_pipelines import Batch, Pipeline
 
@@ -68,7 +69,7 @@ class Loop:
 
 
 def _built(variants: Callable[[Loop], dict[str, Call]], device: str) -> dict[str, Call]:
-    config = replace(RECIPES["cifar-small-barlow"], device=device)
+    config = recipe_config("cifar-small-barlow", device=device)
     images = random_images(IMAGES, 32, 32)
     model, step = build(config, IMAGES)
     pipeline = resident(config, images)
@@ -89,10 +90,10 @@ def _beside(loop: Loop) -> dict[str, Call]:
     than it does, since reports are kept under 1 % of the time."""
     metrics, features = loop.step(loop.fixed.views, loop.fixed.index, 1e-4)
     finite = metrics.pop("finite")
-    width: int = loop.model.backbone.num_features  # type: ignore[assignment]
+    width = feature_width(loop.model.backbone)
     spectrum = SpectrumQueue(width, features[0].device)
-    guard = FiniteGuard(loop.model, "stop", print)
-    log = Log(Path(tempfile.mkdtemp()) / "metrics.jsonl", 10**9)
+    guard = NonFiniteGuard(loop.model, "stop", print)
+    log = MetricsLog(Path(tempfile.mkdtemp()) / "metrics.jsonl", 10**9)
 
     def guarded() -> None:
         for number in range(STEPS):
@@ -118,8 +119,8 @@ def _probed(loop: Loop) -> dict[str, Call]:
     labels = torch.arange(IMAGES) % 10
 
     def probe() -> None:
-        train = centre_features(loop.config, loop.model.backbone, loop.images)
-        test = centre_features(loop.config, loop.model.backbone, loop.images[:1000])
+        train = centre_features(loop.config, loop.model.backbone, loop.images.numpy())
+        test = centre_features(loop.config, loop.model.backbone, loop.images[:1000].numpy())
         knn_accuracy(train, labels, test, labels[:1000])
 
     epoch = {"an epoch": lambda: loop.run(loop.pipeline.epoch(next(epochs)))}

@@ -6,8 +6,8 @@ official formula or ours. A call is a few steps on random bytes.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,13 +16,14 @@ from torch import Tensor
 from bench.measure import Call, Case
 from bench.suites.covariance_losses import official_barlow
 from bench.suites.views import random_images, shared_torchvision
+from fastssl.backbones import feature_width, seeded_backbone
 from fastssl.config import Config
-from fastssl.data.loading import build_views, seeded_backbone
-from fastssl.distributed import ALONE
-from fastssl.objectives import Objective, build_objective
-from fastssl.objectives.base import ProjectedObjective
+from fastssl.data.loading import build_views
+from fastssl.distributed import SINGLE_PROCESS
+from fastssl.objectives import build_objective, configured
+from fastssl.objectives.base import Objective, ProjectedObjective
 from fastssl.optim import build_optimizer
-from fastssl.recipes import RECIPES
+from fastssl.recipes import recipe_config
 from fastssl.step import Model, Step
 from fastssl_pipelines import Pipeline, open_pipeline
 
@@ -31,12 +32,12 @@ LR = 1e-4
 
 # name: (config, height, width)
 Setting = tuple[Config, int, int]
-_CIFAR = replace(RECIPES["cifar10-barlow"], batch_size=512, precision="bfloat16")
-_VIT = replace(
-    RECIPES["barlow"], backbone="vit_small_patch16_224", batch_size=256, precision="bfloat16"
+_CIFAR = recipe_config("cifar10-barlow", batch_size=512, precision="bfloat16")
+_VIT = recipe_config(
+    "barlow", backbone="vit_small_patch16_224", batch_size=256, precision="bfloat16"
 )
 CPU_SETTINGS: dict[str, Setting] = {
-    "step: Barlow, fastnet, 2x16": (RECIPES["cifar-small-barlow"], 32, 32)
+    "step: Barlow, fastnet, 2x16": (recipe_config("cifar-small-barlow"), 32, 32)
 }
 GPU_SETTINGS: dict[str, Setting] = {
     "step: Barlow, ResNet-18 with a CIFAR stem, 2x32": (_CIFAR, 32, 32),
@@ -58,7 +59,7 @@ def cases(device: str) -> Iterator[Case]:
         yield Case(
             name,
             {"backbone": config.backbone, "batch": config.batch_size, "steps": STEPS},
-            partial(_variants, replace(config, device=device), height, width),
+            partial(_variants, configured(config, device=device), height, width),
             _check,
             work={"samples": STEPS * config.batch_size},
             graph=False,
@@ -73,9 +74,9 @@ def _variants(config: Config, height: int, width: int) -> dict[str, Call]:
         "fastssl, eager": _by_us(config, images),
     }
     if device.type == "cuda":
-        compiled = replace(config, compile=True)
+        compiled = configured(config, compile=True)
         variants["fastssl, compiled"] = _by_us(compiled, images)
-        variants["fastssl, CUDA graphs"] = _by_us(replace(compiled, cuda_graphs=True), images)
+        variants["fastssl, CUDA graphs"] = _by_us(configured(compiled, cuda_graphs=True), images)
     return variants
 
 
@@ -83,14 +84,17 @@ def build(config: Config, images: int, official: bool = False) -> tuple[Model, S
     """What `config` trains on so many images, and its step; `official`: with the official loss."""
     device = torch.device(config.device)
     backbone = seeded_backbone(config, device)
-    width: int = backbone.num_features  # type: ignore[assignment]
+    width = feature_width(backbone)
+    knobs: Any = config.objective
     objective: Objective = (
-        OfficialBarlow(width, config.projector_width, config.projector_layers)
+        OfficialBarlow(width, knobs)
         if official
         else build_objective(config, features=width, num_samples=images)
     )
     model = Model(backbone, objective.to(device)).train()
-    return model, Step(config, model, build_optimizer(config, [backbone, objective]), ALONE, print)
+    return model, Step(
+        config, model, build_optimizer(config, [backbone, objective]), SINGLE_PROCESS, print
+    )
 
 
 def resident(config: Config, images: np.ndarray) -> Pipeline:

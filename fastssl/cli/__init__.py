@@ -78,13 +78,13 @@ def _warnings_in_one_line() -> Iterator[None]:
     """Our own warnings without the line of code they come from."""
     show = warnings.showwarning
 
-    def say(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+    def log(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
         if category.__module__.startswith("fastssl"):
             print(f"fastssl: warning: {message}", file=sys.stderr)
         else:
             show(message, category, *rest, **more)
 
-    warnings.showwarning = say
+    warnings.showwarning = log
     try:
         yield
     finally:

@@ -1,63 +1,62 @@
 """Commands that show what there is: recipes, methods, views."""
 
-import inspect
-import re
+from dataclasses import Field, fields
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column
 from rich.table import Table as RichTable
 
-from fastssl import recipes as recipes_file
 from fastssl.cli.parsing import UsageError, parse_config, recipe_first
-from fastssl.config import method_defaults
-from fastssl.methods import METHODS
+from fastssl.config import flag
 from fastssl.recipes import RECIPES
 
 SHEET_ROWS, SHEET_VIEWS = 4, 8  # of a contact sheet
 
 
 def recipes(arguments: list[str]) -> None:
+    """`fastssl recipes`: each with its settings and its card."""
     table = RichTable(
-        Column("recipe", no_wrap=True), "method", "data", "backbone", "views", "epochs"
+        Column("recipe", no_wrap=True), "method", "data", "backbone", "views", "epochs", "measured"
     )
-    for name, c in RECIPES.items():
-        table.add_row(
-            name, c.method, c.data or "--data PATH", c.backbone, str(c.views), str(c.epochs)
-        )
+    for name, recipe in RECIPES.items():
+        c = recipe.settings
+        data, counts = c.data or "--data PATH", (str(c.views), str(c.epochs))
+        table.add_row(name, c.method, data, c.backbone, *counts, str(recipe.card))
     Console().print(table)
 
 
 def methods(arguments: list[str]) -> None:
-    """`fastssl methods`: each with paper, formula, defaults, and its recipes' measured cards."""
-    console, card = Console(), recipe_cards()
+    """`fastssl methods`: each with paper, formula, defaults, and its recipes' cards."""
+    from fastssl.objectives import METHODS
+    from fastssl.objectives.oracles import OracleKnobs
+    from fastssl.objectives.pal import PAL
+
+    oracle = {field.name for field in fields(OracleKnobs)}
     for name, method in METHODS.items():
-        defaults = " ".join(
-            f"{knob.replace('_', '-')}={'tuned' if value is None else value}"
-            for knob, value in method_defaults(name).items()
-        )
-        cards = [f"{r}: {card[r]}" for r, c in RECIPES.items() if c.method == name]
-        console.print(f"[bold]{name}[/bold]  {escape(method.paper)}", highlight=False)
-        asked = [f"  asked for by {method.flags}"] if method.flags else []
-        for line in (f"  L = {method.formula}", *asked, f"  defaults: {defaults}"):
-            console.print(escape(line), highlight=False)
-        for line in cards or ["no recipe"]:
-            console.print(escape(f"  {line}"), highlight=False)
+        knobs = [field for field in fields(method.Knobs) if field.name not in oracle]
+        _print_method(name, method.paper, method.formula, [], knobs)
+        cards = [f"{r}: {x.card}" for r, x in RECIPES.items() if x.settings.method == name]
+        _print_lines(cards or ["no recipe"])
+    able = [name for name, method in METHODS.items() if issubclass(method.Knobs, OracleKnobs)]
+    asked = [f"asked for by --method {'|'.join(able)} --oracle labels|queries"]
+    _print_method("pal", PAL.paper, PAL.formula, asked, list(fields(OracleKnobs)))
 
 
-def recipe_cards() -> dict[str, str]:
-    """What stands above each recipe in `recipes.py`: time and accuracy on what hardware, or that it
-    is not measured yet. Recipes below one comment share it."""
-    cards: dict[str, str] = {}
-    comment: list[str] = []
-    above = ""
-    for line in inspect.getsource(recipes_file).splitlines():
-        if line.startswith("    # "):
-            comment.append(line.removeprefix("    # "))
-        elif name := re.match(r' {4}"([^"]+)": ', line):
-            above, comment = " ".join(comment) or above, []
-            cards[name[1]] = above
-    return cards
+def _print_method(
+    name: str, paper: str, formula: str, asked: list[str], knobs: list[Field[Any]]
+) -> None:
+    Console().print(f"[bold]{name}[/bold]  {escape(paper)}", highlight=False)
+    defaults = " ".join(
+        f"{flag(k.name)[2:]}={'tuned' if k.default is None else k.default}" for k in knobs
+    )
+    _print_lines([f"L = {formula}", *asked, f"defaults: {defaults}"])
+
+
+def _print_lines(lines: list[str]) -> None:
+    for line in lines:
+        Console().print(escape(f"  {line}"), highlight=False)
 
 
 def views(arguments: list[str]) -> None:
@@ -70,12 +69,15 @@ def views(arguments: list[str]) -> None:
         out = flags[at + 1]
         del flags[at : at + 2]
     config = parse_config(recipe, flags)
-    from fastssl.data.contact_sheet import draw_contact_sheet
-    from fastssl.data.datasets import load_images
-    from fastssl.data.loading import build_views
+    import torch
 
-    size, oriented = config.load_size, config.oriented
-    images = load_images(config.data, "train", size=size, holdout=config.holdout, oriented=oriented)
-    chosen = images[:: max(1, len(images) // SHEET_ROWS)][:SHEET_ROWS]
-    draw_contact_sheet(chosen, build_views(config)[:SHEET_VIEWS], config.seed, out)
-    Console().print(f"{out}: {len(chosen)} images and their views", highlight=False)
+    from fastssl.data.contact_sheet import draw_contact_sheet
+    from fastssl.data.loading import build_views
+    from fastssl.data.splits import open_split
+
+    split = open_split(config, "train")
+    step = max(1, len(split) // SHEET_ROWS)
+    chosen = torch.arange(0, len(split), step)[:SHEET_ROWS]
+    images = [image for _, batch in split.batches([chosen]) for image in batch]
+    draw_contact_sheet(images, build_views(config)[:SHEET_VIEWS], config.seed, out)
+    Console().print(f"{out}: {len(images)} images and their views", highlight=False)

@@ -5,11 +5,12 @@ import argparse
 import contextlib
 import difflib
 import io
+import sys
 from dataclasses import fields
 from itertools import dropwhile, takewhile
 from typing import NoReturn
 
-from fastssl.config import Config
+from fastssl.config import Config, flag, knob_names
 from fastssl.recipes import RECIPES, find_recipe
 
 
@@ -32,32 +33,84 @@ def recipe_first(command: str, arguments: list[str]) -> tuple[str, list[str]]:
 
 
 def parse_config(recipe: str, flags: list[str]) -> Config:
-    """The recipe's Config with the flags applied; UsageError in one line for a flag or value that
-    is wrong."""
+    """The recipe's Config with the flags applied, those of `Config` and of its method's knobs;
+    UsageError in one line for a flag or value that is wrong."""
     import tyro
 
-    default = find_recipe(recipe)
-    known = {f"--{field.name.replace('_', '-')}" for field in fields(Config)}
-    known |= {f"--no-{name[2:]}" for name in known} | {"--help", "-h"}
-    for flag in flags:
-        name = flag.split("=", 1)[0].replace("_", "-")
-        if flag.startswith("--") and name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = (
-                f"; did you mean {close[0]}?"
-                if close
-                else f"; `fastssl train {recipe} --help` lists the knobs"
-            )
-            raise UsageError(f"unknown knob {name}{hint}")
+    from fastssl.objectives import complete
+
+    default = find_recipe(recipe).config(method=_value_of("--method", flags))
+    flags = _known_flags(default, flags)
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(Config, default=default, args=flags, prog=f"fastssl train {recipe}")
+            config = tyro.cli(
+                Config,
+                default=default,  # the type of its `objective` says which knobs there are
+                args=flags,
+                prog=f"fastssl train {recipe}",
+                config=(tyro.conf.OmitArgPrefixes,),
+            )
     except SystemExit as stop:
         if not stop.code:
             raise
         reason = _first_paragraph(complaint.getvalue()).removeprefix("Error parsing Config: ")
         raise UsageError(f"{reason}; see `fastssl train {recipe} --help`") from None
+    return complete(config)
+
+
+def _value_of(name: str, flags: list[str]) -> str | None:
+    """What follows the last `name`, or stands behind its "="."""
+    found = None
+    for at, given in enumerate(flags):
+        if given == name and at + 1 < len(flags):
+            found = flags[at + 1]
+        elif given.startswith(f"{name}="):
+            found = given.removeprefix(f"{name}=")
+    return found
+
+
+def _known_flags(config: Config, flags: list[str]) -> list[str]:
+    """`flags` without those of other methods, which have no effect: each is warned of, or refused
+    where it asks for another method. UsageError for a flag that no method has."""
+    from fastssl.objectives import METHODS
+
+    known = _names(Config) | _names(type(config.objective)) | {"--help", "-h"}
+    foreign = set().union(*(_names(method.Knobs) for method in METHODS.values())) - known
+    kept: list[str] = []
+    words = iter(flags)
+    for word in words:
+        name = word.split("=", 1)[0].replace("_", "-")
+        if name in ("--fused-head", "--oracle") and name in foreign:
+            able = [m for m in METHODS if name in _names(METHODS[m].Knobs)]
+            raise UsageError(f"{name} is for {', '.join(able)}: --method {config.method} has none")
+        if name in foreign:
+            print(f"warning: {config.method} has no {name}, so it has no effect", file=sys.stderr)
+            if not _is_switch(name) and "=" not in word:
+                next(words, None)  # its value
+            continue
+        if word.startswith("--") and name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            lists = "; `fastssl train RECIPE --help` lists the knobs"
+            raise UsageError(
+                f"unknown knob {name}" + (f"; did you mean {close[0]}?" if close else lists)
+            )
+        kept.append(word)
+    return kept
+
+
+def _names(cls: type) -> set[str]:
+    """The flags of `Config` or of a method's knobs."""
+    names = {flag(name) for name in knob_names(cls)}
+    return names | {f"--no-{name[2:]}" for name in names}
+
+
+def _is_switch(name: str) -> bool:
+    """Whether a method's flag is on or off, without a value."""
+    from fastssl.objectives import METHODS
+
+    every = (f for method in METHODS.values() for f in fields(method.Knobs))
+    return any(name in (flag(f.name), f"--no-{flag(f.name)[2:]}") for f in every if f.type is bool)
 
 
 def _first_paragraph(complaint: str) -> str:

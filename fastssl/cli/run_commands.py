@@ -21,17 +21,17 @@ def train(arguments: list[str]) -> None:
 
     console = Console()
 
-    def say(line: str) -> None:
+    def log(line: str) -> None:
         console.print(line, highlight=False, markup=False)
 
     if dry:
-        from fastssl.dry_run import forecast
+        from fastssl.dry_run import dry_run
 
-        say("\n".join(forecast(config, say).lines()))
+        log("\n".join(dry_run(config, log).lines()))
         return
     folder = Path(config.run) if config.run else run_dir.next_free(Path("runs"), recipe, config)
-    summary = pretrain(config, folder, say)
-    if not summary:  # a rank behind the first
+    summary = pretrain(config, folder, log)
+    if not summary:  # not rank 0
         return
     _print_accuracy(console, summary["accuracy"], summary["rankme"])
     console.print(
@@ -46,8 +46,7 @@ def evaluate(arguments: list[str]) -> None:
     if not arguments:
         raise UsageError("fastssl eval takes one run folder")
     from fastssl.evaluation.probes import PROBES
-    from fastssl.evaluation.protocols import PROTOCOLS, evaluate_protocol
-    from fastssl.pretrain import evaluate_folder
+    from fastssl.evaluation.protocols import PROTOCOLS, evaluate_protocol, evaluate_run
 
     lines = "\n".join(f"  {name}: {protocol.source}" for name, protocol in PROTOCOLS.items())
     parser = Parser(
@@ -65,14 +64,11 @@ def evaluate(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     console = Console()
     if not (options.protocol or options.probe or options.views):
-        table, rank = evaluate_folder(options.run)
+        table, rank = evaluate_run(options.run)
         _print_accuracy(console, {row: _plain(cells) for row, cells in table.items()}, rank)
         return
-    table = evaluate_protocol(
-        *(options.run, options.protocol or "neutral", print),
-        probes=tuple(options.probe),
-        views=options.views,
-    )
+    name, probes = options.protocol or "neutral", tuple(options.probe)
+    table = evaluate_protocol(options.run, name, print, probes=probes, views=options.views)
     _print_accuracy(console, {row: _plain(cells) for row, cells in table.items()}, None)
 
 
@@ -93,7 +89,7 @@ def select(arguments: list[str]) -> None:
     parser = _quality_parser("select", "runs")
     parser.add_argument("--force", action="store_true", help="runs of different methods or data")
     options = parser.parse_args(arguments)
-    from fastssl.evaluation.model_selection import measure_quality, places, require_comparable
+    from fastssl.evaluation.model_selection import measure_quality, rank_runs, require_comparable
 
     folders = list(dict.fromkeys(options.runs))
     if len(folders) < 2:
@@ -104,9 +100,9 @@ def select(arguments: list[str]) -> None:
     for layer in ("embeddings", "features"):
         rows = [(f, m[layer]) for f, m in zip(folders, measured, strict=True) if layer in m]
         table = RichTable("run", *CRITERIA.values(), title=f"by the spectrum of {layer}")
-        place = {name: places([criteria[name] for _, criteria in rows], name) for name in CRITERIA}
-        for i, (folder, criteria) in sorted(enumerate(rows), key=lambda r: place["rankme"][r[0]]):
-            cells = (f"{criteria[name]:.2f}  #{place[name][i]}" for name in CRITERIA)
+        order = {n: rank_runs([criteria[n] for _, criteria in rows], n) for n in CRITERIA}
+        for i, (folder, criteria) in sorted(enumerate(rows), key=lambda r: order["rankme"][r[0]]):
+            cells = (f"{criteria[name]:.2f}  #{order[name][i]}" for name in CRITERIA)
             table.add_row(str(folder), *cells)
         if rows:
             Console().print(table)

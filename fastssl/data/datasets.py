@@ -1,7 +1,7 @@
-"""Data sets as arrays: images for training, labels for evaluation, read by different functions.
+"""Data sets: images for training, labels for evaluation, read by different functions.
 
-`load_images` never touches a label and `load_labels` never touches a pixel, so training code that
-holds what the first returns has no way to a label.
+`load_array` and `open_files` never touch a label and `load_labels` never touches a pixel, so
+training code that holds what the first two return has no way to a label.
 
 Shapes: M data set, S pixels per side. Images are uint8 RGB (M, S, S, 3), labels int64 (M,).
 """
@@ -10,27 +10,18 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastssl_pipelines.memory import require_memory
 from fastssl_pipelines.sources.beton import Beton, beton_labels
 from fastssl_pipelines.sources.convert import convert
-from fastssl_pipelines.sources.image_files import (
-    Encoded,
-    UnreadableError,
-    center_square,
-    decode,
-    find_images,
-    open_encoded,
-)
-from fastssl_pipelines.sources.unreadable import OnCorrupt, UnreadableImages
+from fastssl_pipelines.sources.image_files import Encoded, find_images, open_encoded
+from fastssl_pipelines.sources.unreadable import OnCorrupt
 
-Split = Literal["train", "test"]
+Part = Literal["train", "test"]
 Images = NDArray[np.uint8]
 Labels = NDArray[np.int64]
 
@@ -41,64 +32,51 @@ CIFAR10_HELP = (
 )
 
 
-def load_images(
-    data: str,
-    split: Split,
-    *,
-    size: int,
-    holdout: float,
-    on_corrupt: OnCorrupt = "stop",
-    quota: float = 0.0,
-    oriented: bool = False,
-    left_out: dict[str, str] | None = None,
-) -> Images:
-    """The images of one split, (M, S, S, 3) uint8. `size` is S of a folder; arrays keep theirs.
-    oriented: turn images of a folder or of shards as their EXIF tag says.
-
-    Unreadable images are treated as `UnreadableImages` says; `left_out` collects their names and
-    reasons.
-    """
+def load_array(data: str, part: Part, holdout: float) -> Images:
+    """The images of one part of a data set that is an array, (M, S, S, 3) uint8."""
     if data == "digits":
-        return _split(_digits_images(), split, holdout)
+        return _held_out(_digits_images(), part, holdout)
     if data == "cifar10" or _is_cifar_batches(data):
-        return np.asarray(_cifar10(data, split).data)
-    path = _existing(data)
-    if path.suffix == ".npz":
-        return _npz_images(path, split, holdout)
-    images = encoded_images(data, split, holdout=holdout)
-    corrupt = UnreadableImages(len(images), on_corrupt, quota)
-    pixels = _decode(images, size, corrupt, oriented)
-    if left_out is not None:
-        left_out.update(corrupt.reasons)
-    return pixels
+        return np.asarray(_cifar10(data, part).data)
+    return _npz_images(_existing(data), part, holdout)
 
 
-def encoded_images(data: str, split: Split, *, holdout: float) -> Encoded:
-    """The images of one split as they lie in a folder, tar shards or a .beton, for engines that
-    decode."""
+def open_files(data: str, part: Part, holdout: float) -> Encoded:
+    """The images of one part as they lie in a folder, tar shards or a .beton; nothing is decoded.
+
+    ValueError where the data set is an array, and where there are no images.
+    """
     if not is_encoded(data):
         raise ValueError(f"--data {data} is no folder of images: pass --engine resident with it")
     path = _existing(data)
     if _is_shards(path) or path.suffix == ".beton":
         images = Beton(path) if path.suffix == ".beton" else open_encoded(path)
-        return images.select(_split(np.arange(len(images)), split, holdout).tolist())
-    paths, names_split = _folder_files(path, split)
-    if not names_split:
-        paths = list(_split(np.array(paths, dtype=object), split, holdout))
+        return images.select(_held_out(np.arange(len(images)), part, holdout).tolist())
+    paths, names_parts = _folder_files(path, part)
+    if not names_parts:
+        paths = list(_held_out(np.array(paths, dtype=object), part, holdout))
     return open_encoded(paths)
 
 
-def beton_of(images: Encoded, say: Callable[[str], None]) -> Beton | Path:
-    """These images in a .beton: the one they lie in, or a copy, JPEGs byte for byte, in the user's
-    cache."""
+def beton_of(
+    images: Encoded, on_corrupt: OnCorrupt, quota: float, log: Callable[[str], None]
+) -> tuple[Beton | Path, dict[str, str]]:
+    """(these images in a .beton, the unreadable ones by name with the reason).
+
+    The .beton is the file they lie in, or a copy in the user's cache, JPEGs byte for byte, made
+    once and without the unreadable images.
+    """
     if isinstance(images, Beton):
-        return images
+        return images, {}
     key = hashlib.sha256(json.dumps([images.names, images.fingerprint()]).encode()).hexdigest()[:16]
     path = cache_folder() / f"{key}.beton"
+    skipped_path = path.with_suffix(".skipped.json")
     if not path.exists():
-        say(f"converting {len(images)} images to {path}, once")
-        convert(images, path, on_corrupt="stop")
-    return path
+        log(f"converting {len(images)} images to {path}, once")
+        report = convert(images, path, on_corrupt=on_corrupt, quota=quota)
+        skipped_path.write_text(json.dumps(report.skipped))
+    skipped = json.loads(skipped_path.read_text()) if skipped_path.is_file() else {}
+    return path, skipped
 
 
 def cache_folder() -> Path:
@@ -106,7 +84,7 @@ def cache_folder() -> Path:
 
 
 def is_encoded(data: str) -> bool:
-    """Whether `data` is a folder, shards or a .beton of encoded images, rather than arrays."""
+    """Whether `data` is a folder, shards or a .beton of encoded images, rather than an array."""
     return not (data in ("digits", "cifar10") or _is_cifar_batches(data) or data.endswith(".npz"))
 
 
@@ -115,27 +93,27 @@ def _is_shards(path: Path) -> bool:
 
 
 def load_labels(
-    data: str, split: Split, *, holdout: float, left_out: Collection[str] = ()
+    data: str, part: Part, holdout: float, *, skipped: Collection[str] = ()
 ) -> Labels | None:
-    """The labels of the images of `load_images`, or None where the data has none. For evaluation
-    only. left_out: the names of unreadable images, which have no row there."""
+    """The labels of the images of `load_array` or `open_files`, without those of the files named
+    `skipped`; None where the data has none. For evaluation and oracles only."""
     if data == "digits":
         from sklearn.datasets import load_digits
 
-        return _split(load_digits().target.astype(np.int64), split, holdout)
+        return _held_out(load_digits().target.astype(np.int64), part, holdout)
     if data == "cifar10" or _is_cifar_batches(data):
-        return np.asarray(_cifar10(data, split).targets, dtype=np.int64)
+        return np.asarray(_cifar10(data, part).targets, dtype=np.int64)
     path = _existing(data)
     if path.suffix == ".npz":
-        return _npz_labels(path, split, holdout)
+        return _npz_labels(path, part, holdout)
     if _is_shards(path):
         return None
-    labels = _beton_labels(path, split, holdout) if path.suffix == ".beton" else None
-    labels = _folder_labels(path, split, holdout) if path.is_dir() else labels
-    if labels is None or not left_out:
+    labels = _beton_labels(path, part, holdout) if path.suffix == ".beton" else None
+    labels = _folder_labels(path, part, holdout) if path.is_dir() else labels
+    if labels is None or not skipped:
         return labels
-    names = encoded_images(data, split, holdout=holdout).names
-    return labels[[name not in left_out for name in names]]
+    names = open_files(data, part, holdout).names
+    return labels[[name not in skipped for name in names]]
 
 
 def _existing(data: str) -> Path:
@@ -156,14 +134,14 @@ def _existing(data: str) -> Path:
     return path
 
 
-def _split(rows: Any, split: Split, holdout: float) -> Any:
+def _held_out(rows: Any, part: Part, holdout: float) -> Any:
     """The rows of one part; which ones are held out depends on their number, never on a seed."""
     count = len(rows)
     held_out = round(count * holdout)
     if held_out < 1 or held_out >= count:
         raise ValueError(f"{count} images cannot be split with --holdout {holdout}; add images")
     order = np.random.default_rng(0).permutation(count)
-    chosen = order[:held_out] if split == "test" else order[held_out:]
+    chosen = order[:held_out] if part == "test" else order[held_out:]
     return rows[np.sort(chosen)]
 
 
@@ -184,13 +162,13 @@ def _cifar_files(path: Path) -> tuple[Path, Path]:
     return path / "data_batch_1", path / "cifar-10-batches-py" / "data_batch_1"
 
 
-def _cifar10(data: str, split: Split) -> Any:
+def _cifar10(data: str, part: Part) -> Any:
     """torchvision's CIFAR10, which checks the files' checksums before it reads them."""
     from torchvision.datasets import CIFAR10
 
     if data == "cifar10":
         try:
-            return CIFAR10(cache_folder(), train=split == "train", download=True)
+            return CIFAR10(cache_folder(), train=part == "train", download=True)
         except (OSError, RuntimeError) as error:
             raise ValueError(
                 f"CIFAR-10 could not be downloaded ({error}); {CIFAR10_HELP}"
@@ -200,17 +178,17 @@ def _cifar10(data: str, split: Split) -> Any:
     folder = beside.parent if beside.is_file() else below.parent
     try:
         reader = type("CIFAR10", (CIFAR10,), {"base_folder": folder.name})
-        return reader(folder.parent, train=split == "train")
+        return reader(folder.parent, train=part == "train")
     except RuntimeError as error:
         raise ValueError(
             f"{folder} is not the official CIFAR-10: {error}; {CIFAR10_HELP}"
         ) from error
 
 
-def _npz_images(path: Path, split: Split, holdout: float) -> Images:
+def _npz_images(path: Path, part: Part, holdout: float) -> Images:
     with np.load(path, allow_pickle=False) as arrays:
         own = "x_test" in arrays.files
-        key = "x_test" if own and split == "test" else "x_train"
+        key = "x_test" if own and part == "test" else "x_train"
         if key not in arrays.files:
             raise ValueError(
                 f"{path} has no array {key}; it needs x_train (M, S, S, 3), for evaluation y_train"
@@ -224,7 +202,7 @@ def _npz_images(path: Path, split: Split, holdout: float) -> Images:
         )
     if images.dtype != np.uint8:
         images = _to_uint8(images, f"{path}: {key}")
-    return images if own else _split(images, split, holdout)
+    return images if own else _held_out(images, part, holdout)
 
 
 def _to_uint8(images: NDArray[Any], name: str) -> Images:
@@ -243,32 +221,32 @@ def _to_uint8(images: NDArray[Any], name: str) -> Images:
     return np.round(images * 255).astype(np.uint8)
 
 
-def _npz_labels(path: Path, split: Split, holdout: float) -> Labels | None:
+def _npz_labels(path: Path, part: Part, holdout: float) -> Labels | None:
     with np.load(path, allow_pickle=False) as arrays:
         own = "x_test" in arrays.files
-        key = "y_test" if own and split == "test" else "y_train"
+        key = "y_test" if own and part == "test" else "y_train"
         if key not in arrays.files:
             return None
         labels = arrays[key].astype(np.int64).reshape(-1)
-    return labels if own else _split(labels, split, holdout)
+    return labels if own else _held_out(labels, part, holdout)
 
 
-def _folder_files(path: Path, split: Split) -> tuple[list[Path], bool]:
+def _folder_files(path: Path, part: Part) -> tuple[list[Path], bool]:
     """(image files of the split, sorted; whether the folder names its splits itself)."""
     test = next((path / name for name in TEST_FOLDERS if (path / name).is_dir()), None)
-    names_split = test is not None and (path / "train").is_dir()
+    names_parts = test is not None and (path / "train").is_dir()
     root = path
-    if names_split:
-        root = path / "train" if split == "train" or test is None else test
-    return find_images(root), names_split
+    if names_parts:
+        root = path / "train" if part == "train" or test is None else test
+    return find_images(root), names_parts
 
 
-def _folder_labels(path: Path, split: Split, holdout: float) -> Labels | None:
+def _folder_labels(path: Path, part: Part, holdout: float) -> Labels | None:
     """A file's class is the first folder below its split's root; classes are numbered by the
     training part."""
-    paths, names_split = _folder_files(path, split)
-    classes = _class_names(path, _folder_files(path, "train")[0], names_split)
-    names = _class_names(path, paths, names_split)
+    paths, names_parts = _folder_files(path, part)
+    classes = _class_names(path, _folder_files(path, "train")[0], names_parts)
+    names = _class_names(path, paths, names_parts)
     if not all(classes):
         return None
     if strangers := sorted(set(names) - set(classes)):
@@ -277,45 +255,16 @@ def _folder_labels(path: Path, split: Split, holdout: float) -> Labels | None:
         )
     numbers = {name: k for k, name in enumerate(sorted(set(classes)))}
     labels = np.array([numbers[name] for name in names], dtype=np.int64)
-    return labels if names_split else _split(labels, split, holdout)
+    return labels if names_parts else _held_out(labels, part, holdout)
 
 
-def _beton_labels(path: Path, split: Split, holdout: float) -> Labels | None:
+def _beton_labels(path: Path, part: Part, holdout: float) -> Labels | None:
     labels = beton_labels(path)
-    return None if labels is None else _split(labels, split, holdout)
+    return None if labels is None else _held_out(labels, part, holdout)
 
 
-def _class_names(path: Path, files: Sequence[Path], names_split: bool) -> list[str]:
+def _class_names(path: Path, files: Sequence[Path], names_parts: bool) -> list[str]:
     """The class folder of each file, "" for a file in no class folder."""
-    depth = 1 if names_split else 0
+    depth = 1 if names_parts else 0
     parts = [file.relative_to(path).parts[depth:-1] for file in files]
     return [part[0] if part else "" for part in parts]
-
-
-def _decode(images: Encoded, size: int, corrupt: UnreadableImages, oriented: bool) -> Images:
-    """Squares: the shorter side resized to `size` with antialias, the centre cropped. (M, S, S,
-    3)"""
-    require_memory(
-        len(images) * size * size * 3,
-        f"holding {len(images)} images of {size} px",
-        "lower --load-size",
-    )
-
-    def decode_one(i: int) -> Images | UnreadableError:
-        try:
-            return center_square(decode(images.read(i), oriented=oriented), size)
-        except UnreadableError as error:
-            return error
-
-    readable = []
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes without the lock
-        for name, result in zip(
-            images.names, pool.map(decode_one, range(len(images))), strict=True
-        ):
-            if isinstance(result, UnreadableError):
-                corrupt.add(name, str(result))
-            else:
-                readable.append(result)
-    if not readable:
-        raise ValueError(f"none of {len(images)} images can be read; `fastssl doctor` says why")
-    return np.stack(readable)

@@ -1,18 +1,25 @@
 """Collapse: features that become one point or a few directions, seen while a run goes on.
 
-The loss cannot show it (a collapsed run may have a very good one), the spectrum of recent features
+The loss cannot show it (a collapsed run may have a very good one); the spectrum of recent features
 does. Measured on the digits (n = 1 each, 2 CPU cores): both recipes keep 0.73 of their best RankMe
 and 0.86 of their best spread over all 40 epochs; of all methods without warm-up at 8 px DIET falls
 the furthest, to 0.40 and 0.50 in 3 epochs; VICReg without its variance and covariance terms falls
 to 0.16 of its best RankMe in 12, features pulled to one point to 0.12 of both in 6. The thresholds
 lie between. Barlow Twins with lambd 0 keeps 0.6: batch norm holds its features apart.
+
+Shapes: N batch, F features.
 """
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from fastssl.config import Config
-from fastssl.methods import METHODS
+import torch
+from torch import Tensor
+
+from fastssl.config import Config, flag
+from fastssl.evaluation.spectrum import entropy_rank, feature_std, singular_values
+from fastssl.objectives import METHODS, complete
 
 RANK_SHARE = 0.25  # of the best RankMe so far: below it, directions have been lost
 RANK_PART = 0.1  # of the dimensions: no warning above it, however high the rank once was
@@ -20,25 +27,85 @@ STD_SHARE = 0.2  # of the best spread so far
 STD_PART = 0.1  # of isotropic features' spread: no warning above it
 POINT_STD, POINT_RANK = 1e-3, 1.2  # one point, whatever it was before
 FEW_DIMENSIONS = 8  # with fewer, a rank says nothing
-# knobs that weigh what keeps images, or dimensions, apart
-APART = {
-    *("lambd", "sim_coeff", "std_coeff", "cov_coeff", "temperature", "orthogonality"),
-    *("patch_coeff", "label_smoothing"),
-}
 
 
 class CollapseError(ArithmeticError):
     """The features collapsed and --on-collapse is 'stop'."""
 
 
-class CollapseWatcher:
+class SpectrumQueue:
+    """The last `capacity` feature rows of training, on their device, and what their spectrum says.
+
+    `update` is one copy per step without a sync; `report` computes. It answers only where that
+    keeps the reports under `share` of the time since the first, so it may be called at any pace.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        device: torch.device | str,
+        *,
+        capacity: int = 2048,
+        share: float = 0.01,
+    ):
+        self.rows = torch.zeros(capacity, features, device=device)
+        self.count = 0  # rows ever written
+        self._share = share
+        self._due_at = 0.0  # of time.perf_counter()
+
+    def update(self, features: Sequence[Tensor]) -> None:
+        """Append the first view's features (N, F), any float dtype: one row for each image, since
+        the views of one image would say the same twice."""
+        new = features[0].detach()[-len(self.rows) :]
+        at = self.count % len(self.rows)
+        fits = min(len(new), len(self.rows) - at)
+        self.rows[at : at + fits].copy_(new[:fits])
+        if fits < len(new):
+            self.rows[: len(new) - fits].copy_(new[fits:])
+        self.count += len(new)
+
+    def report(self, *, at_once: bool = False) -> dict[str, float]:
+        """{"rankme", "feature_std"} of the rows held, or {} where it is too early or too costly.
+
+        Non-finite features give {}: the loss says it first. at_once: whatever it costs.
+        """
+        if self.count < 2 or (time.perf_counter() < self._due_at and not at_once):
+            return {}
+        rows = self.rows[: self.count]
+        if self.rows.is_cuda:
+            if not self._due_at:
+                singular_values(rows)  # loads the solver, once: not the report's cost
+            torch.cuda.synchronize(self.rows.device)  # nor are steps under way
+        begin = time.perf_counter()
+        std = float(feature_std(rows))
+        if not torch.isfinite(rows).all():
+            return {}
+        rank = entropy_rank(singular_values(rows), 1e-7)
+        now = time.perf_counter()
+        self._due_at = now + (now - begin) / self._share
+        return {"rankme": rank, "feature_std": std}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows, "count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["rows"].shape != self.rows.shape:
+            raise ValueError(
+                f"the queue holds {tuple(self.rows.shape)} rows, the state "
+                f"{tuple(state['rows'].shape)}: it is of another backbone"
+            )
+        self.rows.copy_(state["rows"])
+        self.count = state["count"]
+
+
+class CollapseDetector:
     """Judges each report of a `SpectrumQueue`; warns once when the features collapse, or stops.
 
     dimensions: F of the backbone. Its state belongs in the run's checkpoints.
     """
 
-    def __init__(self, config: Config, dimensions: int, say: Callable[[str], None]):
-        self._config, self._dimensions, self._say = config, dimensions, say
+    def __init__(self, config: Config, dimensions: int, log: Callable[[str], None]):
+        self._config, self._dimensions, self._log = config, dimensions, log
         self._best_rank, self._best_std = 0.0, 0.0
         self._warned = False
 
@@ -56,7 +123,7 @@ class CollapseWatcher:
         if self._config.on_collapse == "stop":
             raise CollapseError(f"{self._message(step, what)}; --on-collapse warn would go on")
         if self._config.on_collapse == "warn" and not self._warned:
-            self._say(f"warning: {self._message(step, what)}")
+            self._log(f"warning: {self._message(step, what)}")
             self._warned = True
 
     def _collapse(self, rank: float, std: float) -> str | None:
@@ -89,11 +156,10 @@ def likely_causes(config: Config) -> list[str]:
         f"--lr {config.lr:g} is too high, or --warmup-epochs {config.warmup_epochs:g} too short",
         "a backbone or projector without normalisation layers",
     ]
-    knobs = [knob for knob in METHODS[config.method].knobs if knob in APART]
-    if knobs:
-        named = ", ".join(
-            f"--{knob.replace('_', '-')} {_value(getattr(config, knob))}" for knob in knobs
-        )
+    config = complete(config)
+    names = METHODS[config.method].anti_collapse
+    if names:
+        named = ", ".join(f"{flag(n)} {_value(getattr(config.objective, n))}" for n in names)
         causes.insert(1, f"the weights leave too little that keeps images apart ({named})")
     if config.batch_size < 64:
         causes.append(f"--batch-size {config.batch_size} is small for statistics of a batch")

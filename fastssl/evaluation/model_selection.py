@@ -12,12 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastssl.config import read_config
-from fastssl.data.loading import training_images
-from fastssl.evaluation.spectrum import alpha_req, effective_rank, lidar, rankme
-from fastssl.evaluation.trained_run import load_frozen
-from fastssl.pretrain import RANKME_SAMPLES
-from fastssl.runtime.run_dir import write_text
+from fastssl.data.splits import open_split
+from fastssl.evaluation.spectrum import (
+    RANKME_SAMPLES,
+    alpha_req,
+    effective_rank,
+    lidar,
+    rankme,
+)
+from fastssl.evaluation.trained_run import load_trained_run
+from fastssl.runtime.run_dir import read_config, write_text
 
 LIDAR_IMAGES, LIDAR_VIEWS = 1000, 50  # arXiv:2312.04000, section 4
 FILE = "rank.json"
@@ -40,7 +44,7 @@ CAVEAT = (
 
 def measure_quality(
     folder: Path,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     *,
     samples: int = RANKME_SAMPLES,
     images: int = LIDAR_IMAGES,
@@ -58,12 +62,14 @@ def measure_quality(
         )
     settings = {"samples": samples, "images": images, "views": views}
     path = folder / FILE
-    if path.is_file() and (kept := json.loads(path.read_text()))["settings"] == settings:
-        return _from_json(kept["quality"])
-    run = load_frozen(folder, say)
-    pixels = training_images(run.config)
-    centre = run.centre_features(pixels[:samples])  # (M, F)
-    augmented = torch.cat(list(run.view_features(pixels[:images], views, run.backbone)))
+    if path.is_file() and (cached := json.loads(path.read_text()))["settings"] == settings:
+        return _from_json(cached["quality"])
+    run = load_trained_run(folder, log)
+    split = open_split(run.config, "train")
+    everything = torch.arange(len(split))
+    centre = run.centre_features(split, everything[:samples])  # (M, F)
+    found = run.view_features(split, views, run.backbone, everything[:images])
+    augmented = torch.cat([rows for _, rows in found])  # (M, V, F)
     quality = {"features": _criteria(centre, augmented)}
     if run.projector is not None:
         quality["embeddings"] = _criteria(
@@ -96,10 +102,10 @@ def _to_json(quality: dict[str, Criteria]) -> dict[str, Any]:
     }
 
 
-def _from_json(kept: dict[str, Any]) -> dict[str, Criteria]:
+def _from_json(cached: dict[str, Any]) -> dict[str, Criteria]:
     return {
         layer: {k: float("inf") if v is None else v for k, v in row.items()}
-        for layer, row in kept.items()
+        for layer, row in cached.items()
     }
 
 
@@ -117,7 +123,7 @@ def require_comparable(folders: Sequence[Path]) -> None:
             )
 
 
-def places(values: Sequence[float], criterion: str) -> list[int]:
-    """The place of each run by one criterion, 1 the best; equal values share a place."""
+def rank_runs(values: Sequence[float], criterion: str) -> list[int]:
+    """The rank of each run by one criterion, 1 the best; equal values share a rank."""
     keys = [BETTER[criterion](value) for value in values]
     return [1 + sum(other < key for other in keys) for key in keys]

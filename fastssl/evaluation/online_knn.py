@@ -1,57 +1,76 @@
-"""The online probe: how good the backbone is while it trains, by kNN on frozen features.
+"""The online kNN probe: how good the backbone is while it trains, by kNN on its features.
 
-Labels are read when it is built and serve nothing but its answer. Its time is not training time.
-
-Shapes: M labelled images, M' held-out images, F features.
+Labels serve its accuracy alone. Its time is not training time.
 """
 
 import json
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from fastssl.config import Config
+from fastssl.data.splits import Split
+from fastssl.distributed import SINGLE_PROCESS, Ranks
+from fastssl.evaluation.features import centre_features, extract
 from fastssl.evaluation.probes import knn_accuracy
 from fastssl.runtime.metrics_log import keep_until, read_metrics
-from fastssl.schedule import Progress
+from fastssl.schedule import TrainState
 
-Extract = Callable[[nn.Module], tuple[Tensor, Tensor]]
+IMAGES = 10_000  # of each part, at most
 
 
-class OnlineProbe:
-    """kNN accuracy of a backbone; each answer is a line of `path`: step, train_s, knn."""
+class OnlineKNN:
+    """kNN accuracy of a backbone on the test part; each is a line of `path`: step, train_s, knn.
+
+    ValueError where the data has no labels.
+    """
 
     def __init__(
-        self,
-        path: Path,
-        extract: Extract,
-        labels: tuple[Tensor, Tensor],
-        *,
-        k: int,
-        temperature: float,
+        self, path: Path, config: Config, train: Split, test: Split, ranks: Ranks = SINGLE_PROCESS
     ):
-        """extract: backbone -> features (M, F) and (M', F). labels: (M,) and (M',) int64."""
-        self._path, self._extract, self._labels = path, extract, labels
-        self._k, self._temperature = k, temperature
+        labels = train.labels(), test.labels()
+        if labels[0] is None or labels[1] is None:
+            raise ValueError(f"--probe-epochs needs labels, and {config.data} has none; drop it")
+        self._path, self._config, self._ranks = path, config, ranks
+        self._parts = [(train, labels[0]), (test, labels[1])]
 
     def forget_after(self, step: int) -> None:
-        """Drop the answers after `step`: a resumed run gives them again."""
+        """Drop the accuracies after `step`: a resumed run measures them again."""
         keep_until(self._path, step)
 
-    def __call__(self, backbone: nn.Module, at: Progress) -> float:
-        """Share of held-out images whose neighbours name them right."""
-        random = torch.get_rng_state()  # asking must not change what training draws
-        train, test = self._extract(backbone)
+    def __call__(self, backbone: nn.Module, state: TrainState) -> float:
+        """Share of test images whose neighbours name them right; a collective call, 0 on all ranks
+        but rank 0."""
+        random = torch.get_rng_state()  # probing must not change what training draws
+        self._ranks.broadcast_buffers(backbone)  # running statistics differ from rank to rank
+        features = [self._features(backbone, split, labels) for split, labels in self._parts]
         torch.set_rng_state(random)
-        (train_labels, test_labels), k, t = self._labels, self._k, self._temperature
-        knn = knn_accuracy(train, train_labels, test, test_labels, k=k, temperature=t)
+        if not self._ranks.is_main:
+            return 0.0
+        (train, train_labels), (test, test_labels) = features
+        knn = knn_accuracy(
+            train,
+            train_labels,
+            test,
+            test_labels,
+            k=self._config.knn_k,
+            temperature=self._config.knn_temperature,
+        )
         with open(self._path, "a") as file:
-            answer = {"step": at.step, "train_s": round(at.train_s, 3), "knn": knn}
-            file.write(json.dumps(answer) + "\n")
+            line = {"step": state.step, "train_s": round(state.train_s, 3), "knn": knn}
+            file.write(json.dumps(line) + "\n")
         return knn
+
+    def _features(self, backbone: nn.Module, split: Split, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Centre-view features and labels of up to IMAGES images; nothing but on rank 0."""
+        chosen = torch.arange(0, len(split), max(1, len(split) // IMAGES))
+        function = partial(centre_features, self._config, backbone)
+        numbers, rows = extract(split, {"centre": function}, chosen=chosen, ranks=self._ranks)
+        return rows.get("centre", torch.empty(0)), labels[numbers]
 
 
 def read_probes(path: Path) -> list[dict[str, float]]:
-    """The answers in a probes.jsonl; none where there is no such file."""
+    """The lines of a probes.jsonl; none where there is no such file."""
     return read_metrics(path) if path.is_file() else []

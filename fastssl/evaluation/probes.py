@@ -1,10 +1,9 @@
 """How good frozen features are: kNN and linear probes, with all labels and with few.
 
 One neutral protocol for every method: one centre view, the backbone's features, no fine-tuning;
-`protocols.py` has the papers' own. Features are extracted once and shared by all probes. Labels
-enter the library here and nowhere else.
+`protocols.py` has the papers' own. Features are extracted once and shared by all probes.
 
-Shapes: M data set, F features, K classes, S pixels per side.
+Shapes: M data set, F features, K classes.
 """
 
 import math
@@ -15,17 +14,13 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
-from fastssl.data.datasets import Images
-
-Shares = (
-    int | str | None
-)  # labels for training a probe: so many per class, "1%" of each class, or all
-LABELS_PER_CLASS: tuple[Shares, ...] = (None, 10, 5, 1)
-ALL_LABELS: tuple[Shares, ...] = (None, "10%", "1%", 10, 5, 1)
-RAW_SIZE_PX = 32  # raw pixels are compared at no more than this, 3072 values
+# labels for training a probe: so many per class, "1%" of each class, or all
+LabelBudget = int | str | None
+LABELS_PER_CLASS: tuple[LabelBudget, ...] = (None, 10, 5, 1)
+ALL_LABELS: tuple[LabelBudget, ...] = (None, "10%", "1%", 10, 5, 1)
 
 
 @dataclass(frozen=True)
@@ -34,51 +29,6 @@ class Accuracy:
 
     mean: float
     std: float = 0.0
-
-
-@torch.no_grad()
-def extract_features(
-    backbone: nn.Module,
-    images: Images,
-    *,
-    image_size: int,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
-    device: torch.device,
-    batch_size: int = 256,
-) -> Tensor:
-    """Features (M, F) float32 on the CPU of images (M, S, S, 3) uint8, in evaluation mode, one
-    centre view each."""
-    training = backbone.training
-    backbone.eval()
-    shift = torch.tensor(mean, device=device).view(3, 1, 1)
-    scale = torch.tensor(std, device=device).view(3, 1, 1)
-    features = []
-    for start in range(0, len(images), batch_size):
-        pixels = _pixels(images[start : start + batch_size], image_size, device)
-        features.append(backbone((pixels - shift) / scale).float().cpu())
-    backbone.train(training)
-    return torch.cat(features)
-
-
-def raw_pixels(images: Images) -> Tensor:
-    """The images themselves as features: (M, 3 S S) float32 in [0, 1], S at most RAW_SIZE_PX."""
-    size = min(images.shape[1], RAW_SIZE_PX)
-    parts = [
-        _pixels(images[i : i + 1024], size, torch.device("cpu"))
-        for i in range(0, len(images), 1024)
-    ]
-    return torch.cat([part.flatten(1) for part in parts])
-
-
-def _pixels(images: Images, size: int, device: torch.device) -> Tensor:
-    """(N, 3, size, size) float32 in [0, 1]."""
-    x = torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2).float() / 255
-    if x.shape[-2:] != (size, size):
-        x = functional.interpolate(
-            x, size=(size, size), mode="bilinear", antialias=True, align_corners=False
-        )
-    return x
 
 
 def knn_accuracy(
@@ -164,8 +114,8 @@ def ridge_probe(features: Tensor, labels: Tensor, *, alpha: float = 1.0) -> tupl
 
 
 @dataclass(frozen=True, kw_only=True)
-class Descent:
-    """How `descent_probe` descends: the settings that papers name."""
+class SGDSettings:
+    """Settings of `sgd_probe`: those that papers name."""
 
     optimizer: Literal["sgd", "adam"] = "sgd"
     lr: float
@@ -177,11 +127,11 @@ class Descent:
     cosine: bool = False  # the learning rate falls to 0 over the epochs; else it stays
 
 
-NEUTRAL_SGD = Descent(lr=0.1, epochs=100, batch_size=256, cosine=True)
+NEUTRAL_SGD = SGDSettings(lr=0.1, epochs=100, batch_size=256, cosine=True)
 
 
-def descent_probe(
-    features: Tensor, labels: Tensor, *, descent: Descent = NEUTRAL_SGD, seed: int = 0
+def sgd_probe(
+    features: Tensor, labels: Tensor, *, settings: SGDSettings = NEUTRAL_SGD, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
     """A linear layer trained by cross-entropy in mini-batches: weight (K, F), bias (K,) after the
     last epoch, never the best one. features (M, F), labels (M,); the order depends on `seed`."""
@@ -190,26 +140,26 @@ def descent_probe(
     weight = features.new_zeros(classes, features.shape[1], requires_grad=True)
     bias = features.new_zeros(classes, requires_grad=True)
     optimizer: torch.optim.Optimizer
-    if descent.optimizer == "adam":
+    if settings.optimizer == "adam":
         optimizer = torch.optim.Adam(
-            [weight, bias], lr=descent.lr, weight_decay=descent.weight_decay
+            [weight, bias], lr=settings.lr, weight_decay=settings.weight_decay
         )
     else:
         optimizer = torch.optim.SGD(
             [weight, bias],
-            lr=descent.lr,
-            momentum=descent.momentum,
-            weight_decay=descent.weight_decay,
+            lr=settings.lr,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
         )
-    for epoch in range(descent.epochs):
-        if descent.cosine:
-            share = (1 + math.cos(math.pi * epoch / descent.epochs)) / 2
-            optimizer.param_groups[0]["lr"] = descent.lr * share
-        for rows in torch.randperm(len(labels), generator=generator).split(descent.batch_size):
+    for epoch in range(settings.epochs):
+        if settings.cosine:
+            share = (1 + math.cos(math.pi * epoch / settings.epochs)) / 2
+            optimizer.param_groups[0]["lr"] = settings.lr * share
+        for rows in torch.randperm(len(labels), generator=generator).split(settings.batch_size):
             loss = functional.cross_entropy(
                 features[rows] @ weight.T + bias,
                 labels[rows],
-                label_smoothing=descent.label_smoothing,
+                label_smoothing=settings.label_smoothing,
             )
             optimizer.zero_grad()
             loss.backward()
@@ -229,7 +179,7 @@ class Probe:
 PROBES: dict[str, Probe] = {
     "lbfgs": Probe(linear_probe),
     "ridge": Probe(ridge_probe),
-    "sgd": Probe(partial(descent_probe, descent=NEUTRAL_SGD)),
+    "sgd": Probe(partial(sgd_probe, settings=NEUTRAL_SGD)),
 }
 NEUTRAL = {"linear": PROBES["lbfgs"]}  # what every run reports
 
@@ -246,10 +196,10 @@ def linear_probe_accuracy(
     return float(((test @ weight.T + bias).argmax(1) == test_labels).float().mean())
 
 
-def draw_labels(labels: Tensor, count: int | str, draw: int) -> Tensor:
+def sample_labels(labels: Tensor, count: int | str, seed: int) -> Tensor:
     """Indices of `count` images of every class (of all, where it has fewer), or of a share of every
-    class such as "1%" (at least one image); the same for the same `draw`."""
-    generator = torch.Generator().manual_seed(draw)
+    class such as "1%" (at least one image); the same for the same `seed`."""
+    generator = torch.Generator().manual_seed(seed)
     shuffled = torch.randperm(len(labels), generator=generator)
     chosen = []
     for k in labels.unique():
@@ -274,7 +224,7 @@ def evaluate_features(
     temperature: float = 0.07,
     draws: int = 10,
     probes: Mapping[str, Probe] = NEUTRAL,
-    labels: Sequence[Shares] = LABELS_PER_CLASS,
+    labels: Sequence[LabelBudget] = LABELS_PER_CLASS,
 ) -> dict[str, Accuracy]:
     """{"linear_all", "knn_all", "linear_10", "knn_10", ..., "knn_1"} -> Accuracy: for each entry of
     `labels`, each of `probes` under its name there, and kNN."""
@@ -286,7 +236,7 @@ def evaluate_features(
     plain = train, test
     table = {}
     for count in labels:
-        chosen = list(_draws(train_labels, count, draws))
+        chosen = list(_samples(train_labels, count, draws))
         found: dict[str, list[float]] = {}
         for name, probe in probes.items():
             train_x, test_x = unit if probe.standardised else plain
@@ -305,9 +255,9 @@ def evaluate_features(
     return table
 
 
-def _draws(labels: Tensor, count: Shares, draws: int) -> Iterator[Tensor | slice]:
-    """The rows of each draw; all of them, once, where `count` is None."""
+def _samples(labels: Tensor, count: LabelBudget, draws: int) -> Iterator[Tensor | slice]:
+    """The rows of each sample; all of them, once, where `count` is None."""
     if count is None:
         yield slice(None)
     else:
-        yield from (draw_labels(labels, count, draw) for draw in range(draws))
+        yield from (sample_labels(labels, count, seed) for seed in range(draws))

@@ -7,7 +7,7 @@ standing beside their paper. All score the last epoch.
 Shapes: M data set, F features.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,21 +15,30 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastssl.data.datasets import Images
-from fastssl.data.loading import load_both
+from fastssl.backbones import load_backbone, seeded_backbone
+from fastssl.config import Config
+from fastssl.data.splits import Split, open_split
+from fastssl.device import choose_device
+from fastssl.distributed import SINGLE_PROCESS, Ranks
+from fastssl.evaluation.features import Function, centre_features, extract, raw_pixels
 from fastssl.evaluation.probes import (
     ALL_LABELS,
+    LABELS_PER_CLASS,
+    NEUTRAL,
     PROBES,
     Accuracy,
-    Descent,
+    LabelBudget,
     Probe,
-    descent_probe,
+    SGDSettings,
     evaluate_features,
+    sgd_probe,
 )
-from fastssl.evaluation.trained_run import Frozen, Network, load_frozen
-from fastssl.pretrain import evaluate_folder
+from fastssl.evaluation.spectrum import RANKME_SAMPLES, rankme
+from fastssl.evaluation.trained_run import Network, TrainedRun, load_trained_run
+from fastssl.runtime.run_dir import read_config
 
 Table = dict[str, dict[str, Accuracy]]
+"""Kind of features ("raw pixels" | "untrained" | "pretrained") -> probe and labels -> accuracy."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +62,8 @@ PROTOCOLS: dict[str, Protocol] = {
         views=16,
         probe=Probe(
             partial(
-                descent_probe,
-                descent=Descent(
+                sgd_probe,
+                settings=SGDSettings(
                     optimizer="adam", lr=1e-3, epochs=200, batch_size=512, label_smoothing=0.1
                 ),
             ),
@@ -69,8 +78,8 @@ PROTOCOLS: dict[str, Protocol] = {
         projector_layer=True,
         probe=Probe(
             partial(
-                descent_probe,
-                descent=Descent(lr=0.03, epochs=100, batch_size=100, weight_decay=5e-5),
+                sgd_probe,
+                settings=SGDSettings(lr=0.03, epochs=100, batch_size=100, weight_decay=5e-5),
             ),
             standardised=False,
         ),
@@ -78,10 +87,78 @@ PROTOCOLS: dict[str, Protocol] = {
 }
 
 
+@dataclass(frozen=True)
+class RunFeatures:
+    """Features of both parts of a run's data, by kind: (train (M, F), test (M', F)), in the order
+    in which they are reported; their labels (M,) and (M',), None where the data has none."""
+
+    by_kind: dict[str, tuple[Tensor, Tensor]]
+    labels: tuple[Tensor, Tensor] | None
+
+
+def run_features(
+    config: Config, folder: Path, train: Split, test: Split, ranks: Ranks = SINGLE_PROCESS
+) -> RunFeatures:
+    """What a run is evaluated on, extracted over all ranks; complete on rank 0 alone.
+
+    Raw pixels and the untrained backbone stand beside the pretrained one where there are labels to
+    compare them by.
+    """
+    device = choose_device(config.device)
+    pretrained = seeded_backbone(config, device)
+    load_backbone(folder / "backbone.safetensors", pretrained)
+    functions: dict[str, Function] = {"pretrained": partial(centre_features, config, pretrained)}
+    labels = train.labels(), test.labels()
+    if labels[0] is not None and labels[1] is not None:
+        untrained = seeded_backbone(config, device)
+        functions = {
+            "raw pixels": raw_pixels,
+            "untrained": partial(centre_features, config, untrained),
+            **functions,
+        }
+    train_numbers, train_rows = extract(train, functions, ranks=ranks)
+    test_numbers, test_rows = extract(test, functions, ranks=ranks)
+    by_kind = {name: (train_rows[name], test_rows[name]) for name in train_rows}
+    if labels[0] is None or labels[1] is None:
+        return RunFeatures(by_kind, None)
+    return RunFeatures(by_kind, (labels[0][train_numbers], labels[1][test_numbers]))
+
+
+def score(
+    config: Config,
+    features: RunFeatures,
+    *,
+    probes: Mapping[str, Probe] = NEUTRAL,
+    labels_used: Sequence[LabelBudget] = LABELS_PER_CLASS,
+) -> tuple[Table, float]:
+    """(accuracies, an empty table where the data has no labels; RankMe of the pretrained
+    features)."""
+    rank = rankme(features.by_kind["pretrained"][0][:RANKME_SAMPLES])
+    table: Table = {}
+    if features.labels is not None:
+        train_y, test_y = features.labels
+        for kind, (train_x, test_x) in features.by_kind.items():
+            table[kind] = _cells(config, train_x, train_y, test_x, test_y, probes, labels_used)
+    return table, rank
+
+
+def evaluate_run(
+    folder: Path,
+    *,
+    probes: Mapping[str, Probe] = NEUTRAL,
+    labels_used: Sequence[LabelBudget] = LABELS_PER_CLASS,
+) -> tuple[Table, float]:
+    """`score` of a finished run, from its folder alone."""
+    config = read_config(folder)
+    train, test = open_split(config, "train"), open_split(config, "test")
+    features = run_features(config, folder, train, test)
+    return score(config, features, probes=probes, labels_used=labels_used)
+
+
 def evaluate_protocol(
     folder: Path,
     name: str,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     *,
     probes: tuple[str, ...] = (),
     views: int | None = None,
@@ -102,24 +179,43 @@ def evaluate_protocol(
         )
     chosen = _chosen(protocol, probes)
     if name == "neutral":
-        table, _ = evaluate_folder(folder, probes=chosen, labels_used=ALL_LABELS)
+        table, _ = evaluate_run(folder, probes=chosen, labels_used=ALL_LABELS)
         _require_labels(bool(table), folder)
         return table
-    run = load_frozen(folder, say)
+    run = load_trained_run(folder, log)
     network = _network(protocol, run, name)
-    images, labels = load_both(run.config)
-    _require_labels(labels[0] is not None and labels[1] is not None, folder)
-    train_y, test_y = (torch.from_numpy(y) for y in labels if y is not None)
-    train, test = (_average(run, x, network, count, protocol.centre) for x in images)
-    cells = evaluate_features(
-        *(train, train_y, test, test_y),
-        k=run.config.knn_k,
-        temperature=run.config.knn_temperature,
-        draws=run.config.label_draws,
-        probes=chosen,
-        labels=ALL_LABELS,
-    )
+    features, labels = [], []
+    for split in (open_split(run.config, "train"), open_split(run.config, "test")):
+        found = split.labels()
+        _require_labels(found is not None, folder)
+        assert found is not None
+        numbers, rows = _average(run, split, network, count, protocol.centre)
+        features.append(rows)
+        labels.append(found[numbers])
+    cells = _cells(run.config, features[0], labels[0], features[1], labels[1], chosen, ALL_LABELS)
     return {f"pretrained, {name} ({count} views)": cells}
+
+
+def _cells(
+    config: Config,
+    train: Tensor,
+    train_labels: Tensor,
+    test: Tensor,
+    test_labels: Tensor,
+    probes: Mapping[str, Probe],
+    labels_used: Sequence[LabelBudget],
+) -> dict[str, Accuracy]:
+    return evaluate_features(
+        train,
+        train_labels,
+        test,
+        test_labels,
+        k=config.knn_k,
+        temperature=config.knn_temperature,
+        draws=config.label_draws,
+        probes=probes,
+        labels=labels_used,
+    )
 
 
 def _chosen(protocol: Protocol, probes: tuple[str, ...]) -> Mapping[str, Probe]:
@@ -136,7 +232,7 @@ def _require_labels(there: bool, folder: Path) -> None:
         )
 
 
-def _network(protocol: Protocol, run: Frozen, name: str) -> Network:
+def _network(protocol: Protocol, run: TrainedRun, name: str) -> Network:
     """Views (N, 3, S, S) -> what the protocol averages (N, F)."""
     if not protocol.projector_layer:
         return run.backbone
@@ -148,8 +244,13 @@ def _network(protocol: Protocol, run: Frozen, name: str) -> Network:
     return nn.Sequential(run.backbone, *run.projector[:3])
 
 
-def _average(run: Frozen, images: Images, network: Network, views: int, centre: bool) -> Tensor:
-    """(M, S, S, 3) -> (M, F): the mean over views; the centre view is one of them, or not."""
+def _average(
+    run: TrainedRun, split: Split, network: Network, views: int, centre: bool
+) -> tuple[Tensor, Tensor]:
+    """The numbers (M,) of the readable images of `split`, and the mean of their features over views
+    (M, F); the centre view is one of them, or not."""
     augmented = views - 1 if centre else views
-    total = torch.cat([rows.sum(1) for rows in run.view_features(images, augmented, network)])
-    return (total + run.centre_features(images) if centre else total) / views
+    found = list(run.view_features(split, augmented, network))
+    numbers = torch.cat([part for part, _ in found])
+    total = torch.cat([rows.sum(1) for _, rows in found])
+    return numbers, (total + run.centre_features(split) if centre else total) / views

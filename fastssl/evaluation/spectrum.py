@@ -1,22 +1,20 @@
 """Label-free quality of features and embeddings, from their spectrum: RankMe, effective rank,
-alpha-ReQ, LiDAR; and a queue of recent features that reports two of them during training.
+alpha-ReQ, LiDAR.
 
 Each compares runs of ONE method on one data set. None says anything between methods, and a high
 rank is necessary for good features, not sufficient (arXiv:2210.02885). On VICReg after 100 epochs
 RankMe's rank correlation with the probe was 0.32, LiDAR's 0.92 (arXiv:2312.04000).
 
-Shapes: M samples, D dimensions, N batch, F features, Q views of one image.
+Shapes: M samples, D dimensions, Q views of one image.
 """
 
-import time
 import warnings
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+RANKME_SAMPLES = 25_600  # enough, says arXiv:2210.02885, appendix G
 CONSTANT = 1e-6  # what varies by less than this share of its size is constant: float32's rounding
 NULL = 1e-12  # an eigenvalue below this share of the largest is rounding
 FIT_RANKS = (4, 100)  # alpha-ReQ: first and last eigenvalue of the fit
@@ -43,7 +41,7 @@ def rankme(z: Tensor, eps: float = 1e-7) -> float:
             SpectrumWarning,
             stacklevel=2,
         )
-    return _entropy_rank(singular_values(z), eps)
+    return entropy_rank(singular_values(z), eps)
 
 
 def effective_rank(z: Tensor) -> float:
@@ -55,7 +53,7 @@ def effective_rank(z: Tensor) -> float:
     Errors and caveat as for `rankme`.
     """
     _check(z, "effective_rank")
-    return _entropy_rank(_deviations(z), 0.0)
+    return entropy_rank(_deviations(z), 0.0)
 
 
 def alpha_req(z: Tensor) -> float:
@@ -106,7 +104,7 @@ def lidar(z: Tensor, delta: float = 1e-4, eps: float = 1e-7) -> float:
     # the eigenvalues of S_w^-1/2 S_b S_w^-1/2 are the squares of the singular values of S_b's root
     # times L^-T, where S_w = L L^T
     root = torch.linalg.solve_triangular(torch.linalg.cholesky(scatter), between.T, upper=False)
-    return _entropy_rank(singular_values(root.T).square(), eps)
+    return entropy_rank(singular_values(root.T).square(), eps)
 
 
 def feature_std(z: Tensor) -> Tensor:
@@ -140,7 +138,7 @@ def _is_constant(centred: Tensor, z: Tensor) -> bool:
     return bool(centred.norm() <= CONSTANT * z.norm())
 
 
-def _entropy_rank(weights: Tensor, eps: float) -> float:
+def entropy_rank(weights: Tensor, eps: float) -> float:
     """exp of the entropy of weights / sum + eps; 0 where all are zero."""
     if not weights.sum() > 0:
         return 0.0
@@ -157,68 +155,3 @@ def _check(z: Tensor, name: str) -> None:
 def _require_finite(z: Tensor, name: str) -> None:
     if not torch.isfinite(z).all():
         raise ValueError(f"{name}: z holds NaN or infinite values, whose spectrum means nothing")
-
-
-class SpectrumQueue:
-    """The last `capacity` feature rows of training, on their device, and what their spectrum says.
-
-    `update` is one copy per step without a sync; `report` computes. It answers only where that
-    keeps the reports under `share` of the time since the first, so it may be called at any pace.
-    """
-
-    def __init__(
-        self,
-        features: int,
-        device: torch.device | str,
-        *,
-        capacity: int = 2048,
-        share: float = 0.01,
-    ):
-        self.rows = torch.zeros(capacity, features, device=device)
-        self.count = 0  # rows ever written
-        self._share = share
-        self._due_at = 0.0  # of time.perf_counter()
-
-    def update(self, features: Sequence[Tensor]) -> None:
-        """Append the first view's features (N, F), any float dtype: one row for each image, since
-        the views of one image would say the same twice."""
-        new = features[0].detach()[-len(self.rows) :]
-        at = self.count % len(self.rows)
-        fits = min(len(new), len(self.rows) - at)
-        self.rows[at : at + fits].copy_(new[:fits])
-        if fits < len(new):
-            self.rows[: len(new) - fits].copy_(new[fits:])
-        self.count += len(new)
-
-    def report(self, *, at_once: bool = False) -> dict[str, float]:
-        """{"rankme", "feature_std"} of the rows held, or {} where it is too early or too costly.
-
-        Non-finite features give {}: the loss says it first. at_once: whatever it costs.
-        """
-        if self.count < 2 or (time.perf_counter() < self._due_at and not at_once):
-            return {}
-        rows = self.rows[: self.count]
-        if self.rows.is_cuda:
-            if not self._due_at:
-                singular_values(rows)  # loads the solver, once: not the report's cost
-            torch.cuda.synchronize(self.rows.device)  # nor are steps under way
-        begin = time.perf_counter()
-        std = float(feature_std(rows))
-        if not torch.isfinite(rows).all():
-            return {}
-        rank = _entropy_rank(singular_values(rows), 1e-7)
-        now = time.perf_counter()
-        self._due_at = now + (now - begin) / self._share
-        return {"rankme": rank, "feature_std": std}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"rows": self.rows, "count": self.count}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["rows"].shape != self.rows.shape:
-            raise ValueError(
-                f"the queue holds {tuple(self.rows.shape)} rows, the state "
-                f"{tuple(state['rows'].shape)}: it is of another backbone"
-            )
-        self.rows.copy_(state["rows"])
-        self.count = state["count"]

@@ -1,49 +1,83 @@
 """The methods, one per file, and the one place where they are chosen by name."""
 
-from functools import partial
+from dataclasses import fields, replace
 from typing import Any
 
-from fastssl.config import Config
-from fastssl.methods import METHODS
+from fastssl.config import Config, Knobs, knob_names
 from fastssl.objectives.barlow_twins import BarlowTwins
-from fastssl.objectives.base import Objective
-from fastssl.objectives.default_weights import tuned_cov_coeff, tuned_lambd
+from fastssl.objectives.base import GraphObjective, Objective
 from fastssl.objectives.diet import DIET
-from fastssl.objectives.duality import SimCLRAbs, SimCLRSq, VICRegCtr, VICRegExp
+from fastssl.objectives.duality import VICRegCtr, VICRegExp
 from fastssl.objectives.emp_ssl import EMPSSL
-from fastssl.objectives.oracles import Oracle
-from fastssl.objectives.pal import (
-    PAL,
-    GraphLoss,
-    barlow_graph,
-    simclr_graph,
-    spectral_graph,
-    vicreg_graph,
-)
+from fastssl.objectives.oracles import Oracle, uses_oracle
+from fastssl.objectives.pal import PAL
 from fastssl.objectives.sdiet import SDIET
-from fastssl.objectives.simclr import SimCLR
+from fastssl.objectives.simclr import SimCLR, SimCLRAbs, SimCLRSq
 from fastssl.objectives.spectral import Spectral
 from fastssl.objectives.vicreg import VICReg
 
-__all__ = [
-    "DIET",
-    "EMPSSL",
-    "METHODS",
-    "PAL",
-    "SDIET",
-    "BarlowTwins",
-    "Objective",
-    "SimCLR",
-    "SimCLRAbs",
-    "SimCLRSq",
-    "Spectral",
-    "VICReg",
-    "VICRegCtr",
-    "VICRegExp",
-    "build_objective",
-    "tuned_cov_coeff",
-    "tuned_lambd",
-]
+METHODS: dict[str, type[Objective]] = {
+    "barlow": BarlowTwins,
+    "diet": DIET,
+    "emp_ssl": EMPSSL,
+    "sdiet": SDIET,
+    "simclr": SimCLR,
+    "simclr_abs": SimCLRAbs,
+    "simclr_sq": SimCLRSq,
+    "spectral": Spectral,
+    "vicreg": VICReg,
+    "vicreg_ctr": VICRegCtr,
+    "vicreg_exp": VICRegExp,
+}
+
+
+def method_class(name: str) -> type[Objective]:
+    """The class of --method NAME; ValueError lists the methods."""
+    if name not in METHODS:
+        raise ValueError(f"unknown --method {name!r}; there are {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def complete(config: Config) -> Config:
+    """`config` with its method's defaults in place of `Knobs()`, checked.
+
+    ValueError where knobs, method and the rest of the config do not fit together.
+    """
+    method = method_class(config.method)
+    knobs = method.Knobs() if type(config.objective) is Knobs else config.objective
+    if type(knobs) is not method.Knobs:
+        raise ValueError(
+            f"the knobs are {type(knobs).__name__}, --method {config.method} has "
+            f"{method.Knobs.__name__}; `configured(config, method=...)` changes both"
+        )
+    if config.views < method.min_views:
+        raise ValueError(
+            f"--views is {config.views}: {config.method} compares views, so it needs at least "
+            f"{method.min_views}"
+        )
+    if config.views > method.max_views:
+        raise ValueError(
+            f"--views is {config.views}: {config.method} takes at most {method.max_views}"
+        )
+    method.check(config, knobs)
+    return replace(config, objective=knobs)
+
+
+def configured(config: Config, **changes: Any) -> Config:
+    """`complete(config)` with fields of `Config` or knobs of its method changed, by name.
+
+    Where `method` changes, the new method takes over the knobs that both have.
+    """
+    own = knob_names(Config)
+    config = replace(config, **{k: v for k, v in changes.items() if k in own})
+    knobs = {k: v for k, v in changes.items() if k not in own}
+    method = method_class(config.method)
+    known = knob_names(method.Knobs)
+    if unknown := sorted(set(knobs) - known):
+        raise ValueError(f"{config.method} has no knob {', '.join(unknown)}")
+    kept = {field.name: getattr(config.objective, field.name) for field in fields(config.objective)}
+    kept = {name: value for name, value in kept.items() if name in known}
+    return complete(replace(config, objective=method.Knobs(**(kept | knobs))))
 
 
 def build_objective(
@@ -57,81 +91,23 @@ def build_objective(
     """The objective that `config.method` names, for a backbone of `features` outputs and M =
     `num_samples` images; with an oracle, PAL's form of it; over the ranks of `group`.
 
-    ValueError for a method that ranks cannot share, and where `config.oracle` asks for an oracle
-    and none is given, or the other way round.
+    ValueError for a method that ranks cannot share, and where `--oracle` asks for an oracle and
+    none is given, or the other way round.
     """
-    c = config
-    if (oracle is None) != (c.oracle == "none"):
+    config = complete(config)
+    if (oracle is not None) != uses_oracle(config):
+        asked = getattr(config.objective, "oracle", "none")
         given = "one is given" if oracle is not None else "none is given"
+        raise ValueError(f"--oracle is {asked}, but {given}; build_oracle makes the one it names")
+    if oracle is not None and oracle.num_samples != num_samples:
         raise ValueError(
-            f"--oracle is {c.oracle}, but {given}; build_oracle makes the one it names"
+            f"the oracle knows {oracle.num_samples} images, the data set has {num_samples}"
         )
-    width, layers, out = c.projector_width, c.projector_layers, c.projector_out
+    objective = METHODS[config.method].from_config(
+        config, config.objective, features=features, num_samples=num_samples, group=group
+    )
     if oracle is not None:
-        if oracle.num_samples != num_samples:
-            raise ValueError(
-                f"the oracle knows {oracle.num_samples} images, the data set has {num_samples}"
-            )
-        return _over(PAL(features, width, layers, _graph_loss(c), oracle, out=out), group)
-    sizes: dict[str, Any] = {"features": features, "width": width, "layers": layers, "out": out}
-    update: dict[str, Any] = {"lr": c.lr, "weight_decay": c.weight_decay}
-    lambd, vicreg = _lambd(c), _vicreg_weights(c)
-    t, smoothing = c.temperature, c.label_smoothing
-    builders = {
-        "barlow": lambda: BarlowTwins(**sizes, lambd=lambd, pairing=c.pairing),
-        "diet": lambda: DIET(
-            features,
-            num_samples,
-            smoothing,
-            optimizer=c.optimizer if c.fused_head else None,
-            momentum=c.momentum,
-            sample_rate=c.sample_rate,
-            seed=c.seed,
-            group=group,
-            **update,
-        ),
-        "emp_ssl": lambda: EMPSSL(**sizes, patch_coeff=c.patch_coeff, eps_sq=c.eps_sq),
-        "sdiet": lambda: SDIET(
-            **sizes, num_samples=num_samples, label_smoothing=smoothing, **update
-        ),
-        "simclr": lambda: SimCLR(**sizes, temperature=t),
-        "simclr_abs": lambda: SimCLRAbs(**sizes, temperature=t),
-        "simclr_sq": lambda: SimCLRSq(**sizes, temperature=t),
-        "spectral": lambda: Spectral(**sizes, orthogonality=c.orthogonality),
-        "vicreg": lambda: VICReg(**sizes, **vicreg, pairing=c.pairing),
-        "vicreg_ctr": lambda: VICRegCtr(**sizes, **vicreg, temperature=t),
-        "vicreg_exp": lambda: VICRegExp(**sizes, **vicreg, temperature=t),
-    }
-    return _over(builders[c.method](), group)
-
-
-def _over(objective: Objective, group: Any) -> Objective:
-    if group is not None and isinstance(objective, SDIET):
-        raise ValueError(
-            "--method sdiet updates its rows in one process; use one, or --method diet --fused-head"
-        )
+        assert isinstance(objective, GraphObjective)  # the others have no --oracle
+        objective = PAL(objective, oracle)
     objective.group = group
     return objective
-
-
-def _graph_loss(c: Config) -> GraphLoss:
-    return {
-        "barlow": partial(barlow_graph, lambd=_lambd(c)),
-        "simclr": partial(simclr_graph, temperature=c.temperature),
-        "spectral": partial(spectral_graph, orthogonality=c.orthogonality),
-        "vicreg": partial(vicreg_graph, **_vicreg_weights(c)),
-    }[c.method]
-
-
-def _lambd(c: Config) -> float:
-    if c.lambd is not None:
-        return c.lambd
-    return tuned_lambd(c.projector_out or c.projector_width, c.views)
-
-
-def _vicreg_weights(c: Config) -> dict[str, Any]:
-    cov_coeff = c.cov_coeff
-    if cov_coeff is None:
-        width = c.projector_out or c.projector_width
-        cov_coeff = tuned_cov_coeff(width, c.sim_coeff) if c.method == "vicreg" else 1.0
-    return {"sim_coeff": c.sim_coeff, "std_coeff": c.std_coeff, "cov_coeff": cov_coeff}

@@ -1,34 +1,72 @@
-"""Barlow Twins (arXiv:2103.03230): embeddings of two or more views, alike and decorrelated."""
+"""Barlow Twins (arXiv:2103.03230): embeddings of two or more views, alike and decorrelated.
+
+    L = sum_i (C_ii - 1)^2 + lambd sum_{i != j} C_ij^2
+
+Shapes: N batch, D embedding, V views, n = V N rows.
+"""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Self
 
+import torch
 from torch import Tensor
 
-from fastssl.objectives.base import ProjectedObjective
+from fastssl.config import Config
+from fastssl.objectives.base import GraphObjective, ProjectorKnobs, require_weights
+from fastssl.objectives.default_weights import default_lambd
+from fastssl.objectives.oracles import OracleKnobs
 from fastssl_kernels import barlow_twins_loss
-from fastssl_kernels.barlow_twins import Pairing
 
 
-class BarlowTwins(ProjectedObjective):
+@dataclass(frozen=True)
+class BarlowTwinsKnobs(OracleKnobs, ProjectorKnobs):
+    """Of Barlow Twins, arXiv:2103.03230."""
+
+    lambd: float | None = None
+    """Weight of the off-diagonal; by default the tuned one of arXiv:2312.10725 for width and views,
+    which falls as 1 / width (the first paper's is 0.0051 at width 8192)."""
+    pairing: Literal["pairs", "mean"] = "pairs"
+    """More than two views: all pairs, or each view with the mean (arXiv:2312.10725)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_weights(self, "lambd")
+
+
+class BarlowTwins(GraphObjective):
     """A projector and the Barlow Twins loss over all pairs of views, or of each with their mean.
 
-    lambd: `tuned_lambd` gives the one for a width and a number of views.
+    views: the default of `lambd` depends on their number.
     """
 
-    def __init__(
-        self,
-        features: int,
-        width: int = 8192,
-        layers: int = 3,
-        lambd: float = 0.0051,
-        *,
-        out: int = 0,
-        pairing: Pairing = "pairs",
-    ):
-        super().__init__(features, width, layers, out)
-        self.lambd, self.pairing = lambd, pairing
+    paper = "Barlow Twins, arXiv:2103.03230; many views: arXiv:2312.10725"
+    formula = "sum_i (C_ii - 1)^2 + lambd sum_{i != j} C_ij^2"
+    Knobs = BarlowTwinsKnobs
+    anti_collapse = ("lambd",)
+
+    def __init__(self, features: int, knobs: BarlowTwinsKnobs, views: int = 2):
+        super().__init__(features, knobs)
+        default = default_lambd(knobs.embedding_width, views)
+        self.lambd = default if knobs.lambd is None else knobs.lambd
+        self.pairing = knobs.pairing
+
+    @classmethod
+    def from_config(
+        cls, config: Config, knobs: Any, *, features: int, num_samples: int, group: Any = None
+    ) -> Self:
+        return cls(features, knobs, config.views)
 
     def loss(self, embeddings: Sequence[Tensor]) -> Tensor:
         return barlow_twins_loss(
             embeddings, lambd=self.lambd, pairing=self.pairing, group=self.group
         )
+
+    def graph_loss(self, embeddings: Sequence[Tensor], p: Tensor) -> Tensor:
+        """The penalty on C = h^T P h / n, columns of h standardised; writes C (D, D)."""
+        eps = 1e-5
+        standard = [(v - v.mean(0)) / (v.var(0, unbiased=False) + eps).sqrt() for v in embeddings]
+        h = torch.cat(standard)
+        c = h.T @ (p.to(h.dtype) @ h) / len(h)
+        on = c.diagonal()
+        return (on - 1).square().sum() + self.lambd * (c.square().sum() - on.square().sum())

@@ -1,40 +1,99 @@
 """What an objective is: a head and a loss over the features of each view. It never sees labels.
 
-Shapes: N batch, F features, D embedding, V views.
+Shapes: N batch, F features, D embedding, V views, n = V N rows.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
+
+from fastssl.config import Config, Knobs, require
 
 
 class Objective(nn.Module):
     """`forward(features, index)`: V tensors (N, F) and the images' indices (N,) -> scalars, "loss"
     among them.
 
-    `group`: the process group whose ranks' batches the loss takes as one; None alone.
+    `group`: the process group whose ranks' batches the loss takes as one; None for one process.
     """
+
+    paper: ClassVar[str]
+    """Title and arXiv id."""
+    formula: ClassVar[str]
+    """The loss in one line: z_v (N, D) embeddings of view v, C correlation, Cov covariance, h
+    features, W head."""
+    Knobs: ClassVar[type[Knobs]]
+    """Its knobs, with unit, default and source."""
+    min_views: ClassVar[int] = 2
+    max_views: ClassVar[int] = 16
+    anti_collapse: ClassVar[tuple[str, ...]] = ()
+    """The knobs that weigh what keeps images, or dimensions, apart."""
 
     group: Any = None
 
+    @classmethod
+    def from_config(
+        cls, config: Config, knobs: Any, *, features: int, num_samples: int, group: Any = None
+    ) -> Self:
+        """The objective of a run, for a backbone of `features` outputs and M = `num_samples`
+        images, over the ranks of `group`."""
+        raise NotImplementedError
+
+    @classmethod
+    def check(cls, config: Config, knobs: Any) -> None:
+        """ValueError where the knobs do not fit the rest of the config."""
+
     def set_lr(self, lr: float) -> None:
-        """Hear the learning rate of the step to come; only heads that update themselves listen."""
+        """Set the learning rate of the next step (used by heads with a fused optimizer)."""
 
     def sharded_names(self) -> list[str]:
-        """Parameters and buffers of which each rank holds its own part."""
+        """Parameters and buffers of which each rank holds its own shard."""
         return []
 
     def forward(self, features: Sequence[Tensor], index: Tensor) -> dict[str, Tensor]:
         raise NotImplementedError
 
 
+@dataclass(frozen=True)
+class ProjectorKnobs(Knobs):
+    """Of every method with a projector."""
+
+    projector_width: int = 8192
+    """Hidden and output width of the projector; 8192 is Barlow Twins' and VICReg's choice, 4096
+    EMP-SSL's; weights are tuned from 64 to 8192."""
+    projector_layers: int = 3
+    """Linear layers of the projector; 3 is all papers' choice."""
+    projector_out: int = 0
+    """Output width of the projector where it differs; 0 takes projector_width, for EMP-SSL a
+    quarter of it (4096 to 1024 in its repository)."""
+
+    def __post_init__(self) -> None:
+        require(self, "projector_layers", self.projector_layers >= 1, "be at least 1")
+        for name in ("projector_width", "projector_out"):
+            width = getattr(self, name)
+            valid = 16 <= width <= 16384 or (name == "projector_out" and width == 0)
+            require(self, name, valid, "lie between 16 and 16384")
+
+    @property
+    def embedding_width(self) -> int:
+        """D."""
+        return self.projector_out or self.projector_width
+
+
 class ProjectedObjective(Objective):
     """A projector, then `loss` of the embeddings: all that a method without further state needs."""
 
-    def __init__(self, features: int, width: int, layers: int = 3, out: int = 0):
+    def __init__(self, features: int, knobs: ProjectorKnobs):
         super().__init__()
-        self.projector = projector(features, width, layers, out)
+        self.projector = projector(features, knobs)
+
+    @classmethod
+    def from_config(
+        cls, config: Config, knobs: Any, *, features: int, num_samples: int, group: Any = None
+    ) -> Self:
+        return cls(features, knobs)
 
     def loss(self, embeddings: Sequence[Tensor]) -> Tensor:
         """V tensors (N, D) -> ()"""
@@ -44,11 +103,33 @@ class ProjectedObjective(Objective):
         return {"loss": self.loss([self.projector(f) for f in features])}
 
 
-def projector(features: int, width: int, layers: int, out: int = 0) -> nn.Sequential:
-    """(N, F) -> (N, D): `layers` linear layers of `width`, batch norm and ReLU between them; D is
-    `out`, or `width` where that is 0."""
+class GraphObjective(ProjectedObjective):
+    """A method that PAL generalises: it also has a loss on a similarity graph (`pal.py`)."""
+
+    def graph_loss(self, embeddings: Sequence[Tensor], p: Tensor) -> Tensor:
+        """V tensors (N, D), the graph's weights (n, n), rows that sum to 1 -> ()"""
+        raise NotImplementedError
+
+
+def graph_distance(z: Tensor, p: Tensor) -> Tensor:
+    """mean_i sum_j P_ij |z_i - z_j|^2 of rows (n, D), weights (n, n) -> ()"""
+    z, p = z - z.mean(0), p.to(z.dtype)  # centred, so that less cancels
+    square = z.square().sum(1)
+    return (square + p @ square - 2 * (z * (p @ z)).sum(1)).mean()
+
+
+def projector(features: int, knobs: ProjectorKnobs) -> nn.Sequential:
+    """(N, F) -> (N, D): linear layers with batch norm and ReLU between them."""
     modules: list[nn.Module] = []
-    for _ in range(layers - 1):
+    width = knobs.projector_width
+    for _ in range(knobs.projector_layers - 1):
         modules += [nn.Linear(features, width, bias=False), nn.BatchNorm1d(width), nn.ReLU()]
         features = width
-    return nn.Sequential(*modules, nn.Linear(features, out or width, bias=False))
+    return nn.Sequential(*modules, nn.Linear(features, knobs.embedding_width, bias=False))
+
+
+def require_weights(knobs: Knobs, *names: str) -> None:
+    """ValueError unless each of these knobs is 0 or more; None stands for a tuned weight."""
+    for name in names:
+        value = getattr(knobs, name)
+        require(knobs, name, value is None or value >= 0, "be 0 or more")

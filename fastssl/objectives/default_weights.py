@@ -28,12 +28,12 @@ LAMBD: dict[int, dict[int, float]] = {
 VICREG: dict[int, float] = {256: 25.0, 8192: 750.0}
 
 
-def tuned_lambd(width: int, views: int) -> float:
+def default_lambd(width: int, views: int) -> float:
     """Barlow Twins' off-diagonal weight for a projector of `width` and that many views."""
     return _between(LAMBD[max(least for least in LAMBD if least <= max(views, 2))], width)
 
 
-def tuned_cov_coeff(width: int, sim_coeff: float) -> float:
+def default_cov_coeff(width: int, sim_coeff: float) -> float:
     """VICReg's covariance weight for a projector of `width`, beside the invariance weight given."""
     return sim_coeff * _between({d: 1 / weight for d, weight in VICREG.items()}, width)
 

@@ -1,52 +1,87 @@
 """DIET (arXiv:2302.10260): every image is its own class; a linear head, cross-entropy, label
-smoothing."""
+smoothing.
+
+    L = cross-entropy(h W^T, index of the image)
+
+Shapes: N batch, M data set, F features, V views.
+"""
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from fastssl.config import Config, Knobs, require
 from fastssl.objectives.base import Objective
 from fastssl_kernels import DIETHead
+
+
+@dataclass(frozen=True)
+class DIETKnobs(Knobs):
+    """Of DIET, arXiv:2302.10260. It has no projector."""
+
+    label_smoothing: float = 0.8
+    """Label smoothing of the cross-entropy (arXiv:2302.10260)."""
+    fused_head: bool = False
+    """Update the head inside backward, so that its gradient is never stored; the rule is that of
+    `optimizer`, AdamW or SGD."""
+    sample_rate: float = 1.0
+    """Share of the classes in each step's softmax; below 1 it is Partial FC's approximation
+    (arXiv:2203.15565), and needs fused_head."""
+
+    def __post_init__(self) -> None:
+        require(self, "label_smoothing", 0 <= self.label_smoothing <= 1, "lie in [0, 1]")
+        require(self, "sample_rate", 0 < self.sample_rate <= 1, "lie in (0, 1]")
+        if self.sample_rate < 1 and not self.fused_head:
+            raise ValueError(
+                f"--sample-rate is {self.sample_rate}: rows outside the sample keep their weight "
+                "only with --fused-head"
+            )
 
 
 class DIET(Objective):
     """One linear head over the data set's M images; each view is a sample of its image's class.
 
-    optimizer: None leaves the head's weight to the trainer; "adamw" or "sgd" update it inside
-    backward(), at the rate of `set_lr`. sample_rate: see `DIETHead`. group: over its ranks the
-    classes of a head that updates itself are shared; any other head is whole on every rank.
+    With `fused_head` the head updates itself inside backward(), at the rate of `set_lr`, and its
+    classes are sharded over the ranks of `group`; any other head is whole on every rank.
     """
 
-    def __init__(
-        self,
-        features: int,
-        num_samples: int,
-        label_smoothing: float = 0.8,
-        *,
-        optimizer: str | None = None,
-        lr: float = 1e-3,
-        weight_decay: float = 0.05,
-        momentum: float = 0.9,
-        sample_rate: float = 1.0,
-        seed: int = 0,
-        group: Any = None,
-    ):
+    paper = "DIET, arXiv:2302.10260 and arXiv:2406.10743"
+    formula = "cross-entropy(h W^T, index of the image), label smoothing"
+    Knobs = DIETKnobs
+    min_views, max_views = 1, 200
+    anti_collapse = ("label_smoothing",)
+
+    def __init__(self, head: DIETHead):
         super().__init__()
-        shards = group if optimizer else None
-        self.head = DIETHead(
+        self.head = head
+
+    @classmethod
+    def from_config(
+        cls, config: Config, knobs: Any, *, features: int, num_samples: int, group: Any = None
+    ) -> Self:
+        head = DIETHead(
             num_samples,
             features,
-            label_smoothing=label_smoothing,
-            optimizer=optimizer,
-            lr=lr,
-            weight_decay=weight_decay,
-            momentum=momentum,
-            sample_rate=sample_rate,
-            seed=seed,
-            group=shards,
+            label_smoothing=knobs.label_smoothing,
+            optimizer=config.optimizer if knobs.fused_head else None,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            momentum=config.momentum,
+            sample_rate=knobs.sample_rate,
+            seed=config.seed,
+            group=group if knobs.fused_head else None,
         )
+        return cls(head)
+
+    @classmethod
+    def check(cls, config: Config, knobs: Any) -> None:
+        if knobs.fused_head and config.optimizer == "lars":
+            raise ValueError(
+                "--fused-head updates by AdamW or SGD: --optimizer lars cannot be used"
+            )
 
     def sharded_names(self) -> list[str]:
         if self.head.group is None:

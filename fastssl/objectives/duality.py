@@ -1,56 +1,40 @@
-"""Four methods half-way between SimCLR and VICReg (arXiv:2206.02574, section 3).
+"""VICReg-exp and VICReg-ctr, half-way between VICReg and SimCLR (arXiv:2206.02574, section 3).
 
-SimCLR-abs and SimCLR-sq contrast samples by the absolute value or the square of their cosine;
-VICReg-exp puts a log-sum-exp in place of VICReg's squared covariances (eq. 11), and VICReg-ctr does
-so with samples and dimensions swapped (eq. 12, 13).
+VICReg-exp puts a log-sum-exp in place of VICReg's squared covariances (eq. 11); VICReg-ctr does so
+with samples and dimensions swapped (eq. 12, 13).
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from fastssl.objectives.base import ProjectedObjective
-from fastssl.objectives.simclr import SimCLR
+from fastssl.objectives.simclr import DUALITY, ContrastiveKnobs
+from fastssl.objectives.vicreg import VarianceKnobs
 from fastssl_kernels import vicreg_ctr_loss, vicreg_exp_loss
 
 
-class SimCLRAbs(SimCLR):
-    """SimCLR with |cosine|."""
-
-    similarity = "absolute"
-
-
-class SimCLRSq(SimCLR):
-    """SimCLR with cosine^2."""
-
-    similarity = "squared"
+@dataclass(frozen=True)
+class VICRegExpKnobs(ContrastiveKnobs, VarianceKnobs):
+    """Of VICReg-exp and VICReg-ctr, arXiv:2206.02574. The temperature of the paper's runs is not in
+    its text."""
 
 
 class VICRegExp(ProjectedObjective):
-    """A projector and VICReg-exp. The temperature of the paper's runs is not in its text."""
+    """A projector and VICReg-exp."""
 
-    function = staticmethod(vicreg_exp_loss)
+    paper = DUALITY
+    formula = "VICReg with mean_i log sum_{j != i} exp(Cov_ij / t) for its last term"
+    Knobs = VICRegExpKnobs
+    anti_collapse = ("sim_coeff", "std_coeff", "cov_coeff", "temperature")
+    function: ClassVar[Callable[..., Tensor]] = staticmethod(vicreg_exp_loss)
 
-    def __init__(
-        self,
-        features: int,
-        width: int = 8192,
-        layers: int = 3,
-        sim_coeff: float = 25.0,
-        std_coeff: float = 25.0,
-        cov_coeff: float = 1.0,
-        *,
-        temperature: float = 0.15,
-        out: int = 0,
-    ):
-        super().__init__(features, width, layers, out)
-        self.weights: dict[str, Any] = {
-            "sim_coeff": sim_coeff,
-            "std_coeff": std_coeff,
-            "cov_coeff": cov_coeff,
-        }
-        self.temperature = temperature
+    def __init__(self, features: int, knobs: VICRegExpKnobs):
+        super().__init__(features, knobs)
+        self.weights = knobs.weights(default_cov_coeff=1.0)
+        self.temperature = knobs.temperature
 
     def loss(self, embeddings: Sequence[Tensor]) -> Tensor:
         return self.function(
@@ -61,4 +45,5 @@ class VICRegExp(ProjectedObjective):
 class VICRegCtr(VICRegExp):
     """A projector and VICReg-ctr."""
 
+    formula = "VICReg-exp with samples and dimensions swapped in std and Cov"
     function = staticmethod(vicreg_ctr_loss)

@@ -10,39 +10,50 @@ Shapes: N batch, F features, D embedding, V patches.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from fastssl.objectives.base import Objective, projector
+from fastssl.config import require
+from fastssl.objectives.base import ProjectedObjective, ProjectorKnobs, require_weights
 from fastssl_kernels import coding_rate
 
 
-class EMPSSL(Objective):
-    """A projector over the patches of all images at once, and the loss above.
+@dataclass(frozen=True)
+class EMPSSLKnobs(ProjectorKnobs):
+    """Of EMP-SSL, arXiv:2304.03977."""
 
-    out: D; 0 takes a quarter of the width, as its repository (4096 and 1024).
-    """
+    patch_coeff: float = 200.0
+    """Weight of the cosine to the mean embedding (arXiv:2304.03977)."""
+    eps_sq: float = 0.2
+    """Squared distortion of the coding rate (arXiv:2304.03977)."""
 
-    def __init__(
-        self,
-        features: int,
-        width: int = 4096,
-        layers: int = 3,
-        patch_coeff: float = 200.0,
-        eps_sq: float = 0.2,
-        *,
-        out: int = 0,
-    ):
-        super().__init__()
-        self.projector = projector(features, width, layers, out or width // 4)
-        self.patch_coeff, self.eps_sq = patch_coeff, eps_sq
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_weights(self, "patch_coeff")
+        require(self, "eps_sq", self.eps_sq > 0, "be positive")
 
-    def hidden(self, features: Tensor) -> Tensor:
-        """(N, F) -> (N, width): the projector's first layer, batch norm and ReLU, on which the
-        paper's own evaluation is made; its features (N, F) where there is one layer alone."""
-        return self.projector[:3](features) if len(self.projector) > 1 else features
+    @property
+    def embedding_width(self) -> int:
+        """D: a quarter of the width unless `projector_out` says otherwise, as its repository has
+        it."""
+        return self.projector_out or self.projector_width // 4
+
+
+class EMPSSL(ProjectedObjective):
+    """A projector over the patches of all images at once, and the loss above."""
+
+    paper = "EMP-SSL, arXiv:2304.03977"
+    formula = "-mean_v [1/2 logdet(I + D/(N eps_sq) z_v z_v^T) + patch_coeff cos(z_v, mean z)]"
+    Knobs = EMPSSLKnobs
+    max_views = 200
+    anti_collapse = ("patch_coeff",)
+
+    def __init__(self, features: int, knobs: EMPSSLKnobs):
+        super().__init__(features, knobs)
+        self.patch_coeff, self.eps_sq = knobs.patch_coeff, knobs.eps_sq
 
     def forward(self, features: Sequence[Tensor], index: Tensor) -> dict[str, Tensor]:
         rows = self.projector(torch.cat(tuple(features)))  # one batch norm for all, as published

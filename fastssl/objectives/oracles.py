@@ -12,15 +12,35 @@ Shapes: M data set, N batch, D embedding, E pairs, Q queries.
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from fastssl.config import Config
+from fastssl.config import Config, Knobs, require
 
 SHARPNESS = 0.1  # of the guess exp((cosine - 1) / SHARPNESS) that two images are alike
+
+
+@dataclass(frozen=True)
+class OracleKnobs(Knobs):
+    """Of every method that has a form with a similarity graph."""
+
+    oracle: Literal["none", "labels", "queries"] = "none"
+    """PAL (arXiv:2303.15256): what is known to be alike besides views of one image, from the labels
+    of `oracle_share` of the images or from `oracle_queries` yes/no answers. Labels reach training
+    only here, and the run's log says which."""
+    oracle_share: float = 1.0
+    """PAL with labels: share of the images whose label is asked for."""
+    oracle_queries: int = 1000
+    """PAL with queries: pairs of images that are asked about, over the first half of the run."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[misc]  # of the knobs that it is mixed with
+        require(self, "oracle_share", 0 < self.oracle_share <= 1, "lie in (0, 1]")
+        require(self, "oracle_queries", self.oracle_queries >= 1, "be at least 1")
 
 
 class Labels(Protocol):
@@ -172,74 +192,35 @@ class QueryOracle(Oracle):
         return (guess * size[:, None] * size).masked_fill(known, 0)
 
 
-class PairOracle(Oracle):
-    """A sparse graph given outright: pairs (E, 2) of images and their weights (E,), 1 by default.
-
-    Weights need not be transitive. Each pair counts both ways; a pair that is given twice with two
-    weights contradicts itself, which is a ValueError.
-    """
-
-    keys: Tensor
-    weights: Tensor
-
-    def __init__(self, num_samples: int, pairs: Tensor, weights: Tensor | None = None):
-        super().__init__(num_samples)
-        if pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.dtype != torch.int64:
-            raise ValueError(
-                f"PairOracle: pairs are {tuple(pairs.shape)} {pairs.dtype}; wanted (E, 2) int64"
-            )
-        weights = torch.ones(len(pairs)) if weights is None else weights.float()
-        if weights.shape != pairs.shape[:1] or bool((weights < 0).any()):
-            raise ValueError(
-                f"PairOracle: weights are {tuple(weights.shape)}; wanted one for each of the "
-                f"{len(pairs)} pairs, none negative"
-            )
-        if len(pairs) and not (0 <= int(pairs.min()) and int(pairs.max()) < num_samples):
-            raise ValueError(f"PairOracle: a pair lies outside the {num_samples} images")
-        low, high = pairs.min(1).values, pairs.max(1).values
-        keys, first = torch.unique(low * num_samples + high, return_inverse=True)
-        kept = torch.zeros(len(keys)).index_copy_(0, first, weights)
-        if not torch.equal(kept[first], weights):
-            bad = pairs[kept[first] != weights][0].tolist()
-            raise ValueError(f"the oracle contradicts itself: pair {bad} has two weights")
-        self.register_buffer("keys", keys)
-        self.register_buffer("weights", kept)
-
-    def block(self, index: Tensor) -> Tensor:
-        low, high = torch.minimum(index[:, None], index), torch.maximum(index[:, None], index)
-        keys = low * self.num_samples + high
-        at = torch.searchsorted(self.keys, keys).clamp_max(max(len(self.keys) - 1, 0))
-        same = torch.eye(len(index), device=index.device)
-        if not len(self.keys):
-            return same
-        return torch.where(self.keys[at] == keys, self.weights[at], 0).maximum(same)
-
-    def log(self) -> dict[str, Any]:
-        return {"oracle": type(self).__name__, "pairs": len(self.keys)}
-
-
 def build_oracle(config: Config, labels: Labels | None) -> Oracle:
-    """The oracle that `config.oracle` names, over the data set's labels (M,), which it alone holds.
+    """The oracle that the method's knobs name, over the data set's labels (M,), which it alone
+    holds.
 
-    ValueError where the data has no labels.
+    ValueError where the data has no labels, and where the knobs name no oracle.
     """
+    knobs: Any = config.objective
+    if not uses_oracle(config):
+        raise ValueError("--oracle is 'none': there is no oracle to build")
     if labels is None:
         raise ValueError(
-            f"--oracle {config.oracle} needs labels to answer from, and the data has none"
+            f"--oracle {knobs.oracle} needs labels to answer from, and the data has none"
         )
-    if config.oracle == "labels":
-        return LabelOracle(labels, config.oracle_share, config.seed)
-    if config.oracle == "queries":
-        known = labels
-        batches = config.epochs * (len(labels) // config.batch_size)
-        per_batch = -(-2 * config.oracle_queries // max(1, batches))  # spent by half of the run
-        return QueryOracle(
-            len(labels),
-            lambda i, j: _plain(known[i]) == _plain(known[j]),
-            config.oracle_queries,
-            per_batch,
-        )
-    raise ValueError("--oracle is 'none': there is no oracle to build")
+    if knobs.oracle == "labels":
+        return LabelOracle(labels, knobs.oracle_share, config.seed)
+    known = labels
+    batches = config.epochs * (len(labels) // config.batch_size)
+    per_batch = -(-2 * knobs.oracle_queries // max(1, batches))  # spent by half of the run
+    return QueryOracle(
+        len(labels),
+        lambda i, j: _plain(known[i]) == _plain(known[j]),
+        knobs.oracle_queries,
+        per_batch,
+    )
+
+
+def uses_oracle(config: Config) -> bool:
+    """Whether the run is PAL: whether labels reach its training."""
+    return getattr(config.objective, "oracle", "none") != "none"
 
 
 def _plain(label: Any) -> Any:

@@ -12,37 +12,71 @@ Shapes: M data set, N batch, F features, D embedding, V views.
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from fastssl.objectives.base import Objective, projector
+from fastssl.config import Config, require
+from fastssl.objectives.base import Objective, ProjectorKnobs, projector
 from fastssl_kernels import linear_cross_entropy
 
 EPS = 1e-8  # torch.optim.AdamW's
 MEMORY = 200  # steps after which a row's momentum, (0.9 / 0.999^.5)^200 = 8e-10 of it, is dropped
 
 
+@dataclass(frozen=True)
+class SDIETKnobs(ProjectorKnobs):
+    """Of S-DIET."""
+
+    label_smoothing: float = 0.8
+    """Label smoothing of the cross-entropy (arXiv:2302.10260)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "label_smoothing", 0 <= self.label_smoothing <= 1, "lie in [0, 1]")
+
+
 class SDIET(Objective):
     """A projector, embeddings of length sqrt(D), and a `BatchHead` over the data set's M images."""
+
+    paper = "S-DIET, Memory-Efficient Parametric Instance Discrimination, TMLR 2025"
+    formula = "cross-entropy(z W_batch^T, row of the image), classes of the batch alone"
+    Knobs = SDIETKnobs
+    min_views, max_views = 1, 200
+    anti_collapse = ("label_smoothing",)
 
     def __init__(
         self,
         features: int,
+        knobs: SDIETKnobs,
         num_samples: int,
-        width: int = 8192,
-        layers: int = 3,
-        label_smoothing: float = 0.8,
         *,
-        out: int = 0,
         lr: float = 1e-3,
         weight_decay: float = 0.05,
     ):
         super().__init__()
-        self.projector = projector(features, width, layers, out)
-        dim = out or width
-        self.head = BatchHead(num_samples, dim, label_smoothing, lr=lr, weight_decay=weight_decay)
+        self.projector = projector(features, knobs)
+        self.head = BatchHead(
+            num_samples,
+            knobs.embedding_width,
+            knobs.label_smoothing,
+            lr=lr,
+            weight_decay=weight_decay,
+        )
+
+    @classmethod
+    def from_config(
+        cls, config: Config, knobs: Any, *, features: int, num_samples: int, group: Any = None
+    ) -> Self:
+        if group is not None:
+            raise ValueError(
+                "--method sdiet updates its rows in one process; use one, or --method diet "
+                "--fused-head"
+            )
+        return cls(features, knobs, num_samples, lr=config.lr, weight_decay=config.weight_decay)
 
     def set_lr(self, lr: float) -> None:
         self.head.lr = lr

@@ -7,38 +7,60 @@ asks the D features to be orthonormal over all views of all images. With weight 
 spectral contrastive loss -2 E z_a^T z_b + E (z^T z')^2 (arXiv:2106.04156, eq. 6), as
 |E[z z^T] - I|^2 = E (z^T z')^2 - 2 E |z|^2 + D.
 
-Shapes: N batch, D embedding, V views.
+Shapes: N batch, D embedding, V views, n = V N rows.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fastssl.distributed import whole_batch
-from fastssl.objectives.base import ProjectedObjective
+from fastssl.distributed import all_gather_with_grad
+from fastssl.objectives.base import (
+    GraphObjective,
+    ProjectorKnobs,
+    graph_distance,
+    require_weights,
+)
+from fastssl.objectives.oracles import OracleKnobs
 from fastssl_kernels import second_moment_energy
 
 
-class Spectral(ProjectedObjective):
+@dataclass(frozen=True)
+class SpectralKnobs(OracleKnobs, ProjectorKnobs):
+    """Of the spectral loss."""
+
+    orthogonality: float = 1.0
+    """Weight of |E[z z^T] - I|^2; 1 is the spectral contrastive loss (arXiv:2106.04156)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_weights(self, "orthogonality")
+
+
+class Spectral(GraphObjective):
     """A projector and the loss above."""
 
-    def __init__(
-        self,
-        features: int,
-        width: int = 8192,
-        layers: int = 3,
-        orthogonality: float = 1.0,
-        *,
-        out: int = 0,
-    ):
-        super().__init__(features, width, layers, out)
-        self.orthogonality = orthogonality
+    paper = "The idealised loss of arXiv:2312.10725; spectral contrastive, arXiv:2106.04156"
+    formula = "mean_{a < b} |z_a - z_b|^2 + orthogonality |E[z z^T] - I|_F^2"
+    Knobs = SpectralKnobs
+    anti_collapse = ("orthogonality",)
+
+    def __init__(self, features: int, knobs: SpectralKnobs):
+        super().__init__(features, knobs)
+        self.orthogonality = knobs.orthogonality
 
     def loss(self, embeddings: Sequence[Tensor]) -> Tensor:
-        z = whole_batch(torch.stack(tuple(embeddings)), self.group)  # (V, N, D)
+        z = all_gather_with_grad(torch.stack(tuple(embeddings)), self.group)  # (V, N, D)
         distance = 2 * z.var(0).sum(1).mean()  # of two views: twice the unbiased variance
         return distance + self.orthogonality * orthonormality(z.flatten(0, 1))
+
+    def graph_loss(self, embeddings: Sequence[Tensor], p: Tensor) -> Tensor:
+        """mean_i sum_j P_ij |z_i - z_j|^2 + orthogonality |z^T z / n - I|^2, which is
+        |z z^T / n - P|^2 + D - |P|^2 for orthogonality 1 and symmetric P."""
+        rows = torch.cat(tuple(embeddings))
+        return graph_distance(rows, p) + self.orthogonality * orthonormality(rows)
 
 
 def orthonormality(z: Tensor) -> Tensor:

@@ -1,27 +1,33 @@
-"""Checkpoints: written whole or not at all, checked before they are believed, read without running
-code.
+"""Checkpoints: written atomically, verified before they are used, read without running code.
 
 A checkpoint is one file whose name holds its step and the checksum of its bytes, put in place by a
-rename. Two are kept: where the newest does not match its checksum, the one before it is taken.
+rename. Two are kept: where the newest does not match its checksum, the one before it is used.
+
+Everything the next step depends on is in it: modules, optimizer, random states of all ranks, steps
+and seconds. The data's order and views depend on the step and the seed alone.
 """
 
 import hashlib
 import os
 import re
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-KEPT = 2
+from fastssl.distributed import Ranks
+from fastssl.schedule import TrainState
+
+KEEP_LAST = 2  # checkpoints in a folder
 NAME = re.compile(r"step-(\d{9,})-([0-9a-f]{16})\.pt")
 
 
 class _HashingFile:
-    """Passes bytes on to a file and hashes them."""
+    """Writes to a file and hashes what is written."""
 
     def __init__(self, file: BinaryIO):
         self._file = file
@@ -50,12 +56,12 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
         os.fsync(file.fileno())
     os.replace(temporary, folder / f"step-{step:09d}-{hashing.hash.hexdigest()[:16]}.pt")
     _sync_folder(folder)
-    for path in checkpoints(folder)[KEPT:]:
+    for path in checkpoints(folder)[KEEP_LAST:]:
         path.unlink()
 
 
 def load_checkpoint(
-    folder: Path, device: torch.device, say: Callable[[str], None]
+    folder: Path, device: torch.device, log: Callable[[str], None]
 ) -> dict[str, Any] | None:
     """The newest valid state in `folder`, or None where nothing was ever saved there.
 
@@ -68,7 +74,7 @@ def load_checkpoint(
             _check(path)
             return torch.load(path, map_location=device, weights_only=True)
         except Exception as error:  # whatever a damaged or hostile file makes the reader raise
-            say(f"{path} is not used: {' '.join(str(error).split())[:200]}")
+            log(f"{path} is not used: {' '.join(str(error).split())[:200]}")
     if paths:
         raise ValueError(
             f"no checkpoint in {folder} is valid; delete {folder.parent} to start again"
@@ -99,37 +105,89 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def save_backbone(path: Path, backbone: nn.Module) -> None:
-    """The backbone's parameters and buffers as safetensors, under timm's names for a timm model."""
-    tensors = {
-        name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()
-    }
-    temporary = path.with_name(path.name + ".tmp")
-    save_file(tensors, temporary)
-    os.replace(temporary, path)
+class Stateful(Protocol):
+    """What can be saved and loaded: modules, optimizers, queues."""
+
+    def state_dict(self) -> Any: ...
+
+    def load_state_dict(self, state_dict: Any) -> Any: ...
 
 
-def load_backbone(path: Path, backbone: nn.Module, *, partial: bool = False) -> str:
-    """Fill every tensor of `backbone` from a file of `save_backbone`; returns the coverage, "loaded
-    62 of 62 tensors".
+class TrainCheckpointer:
+    """Saves and loads the parts of a run together. parts: name -> module, optimizer or queue."""
 
-    Anything less is a ValueError, unless `partial` asks for the tensors that fit.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: the run has not finished its pretraining")
-    tensors: dict[str, Tensor] = load_file(path)
-    wanted = backbone.state_dict()
-    fitting = {
-        name: tensor
-        for name, tensor in tensors.items()
-        if name in wanted and wanted[name].shape == tensor.shape
-    }
-    coverage = f"loaded {len(fitting)} of {len(wanted)} tensors"
-    wrong = sorted((set(tensors) | set(wanted)) - set(fitting))
-    if wrong and not (partial and fitting):
-        raise ValueError(
-            f"{path} is not this backbone: {len(fitting)} of its {len(wanted)} tensors fit, first "
-            f"that does not: {wrong[0]}"
-        )
-    backbone.load_state_dict(fitting, strict=not wrong)
-    return coverage
+    def __init__(
+        self,
+        folder: Path,
+        parts: Mapping[str, Stateful],
+        *,
+        device: torch.device,
+        global_batch: int,
+        seed: int,
+        ranks: Ranks,
+    ):
+        self._folder, self._parts, self._device = folder, parts, device
+        self._global_batch, self._seed, self._ranks = global_batch, seed, ranks
+
+    def save(self, at: TrainState) -> None:
+        """Write a checkpoint: a collective call, of which rank 0 writes the file."""
+        state = {name: part.state_dict() for name, part in self._parts.items()}
+        state["random"] = self._ranks.gather(_random_state(self._device))
+        state["global_batch"] = self._global_batch
+        state["progress"] = asdict(at)
+        if self._ranks.is_main:
+            save_checkpoint(self._folder, at.step, state)
+
+    def load(self, log: Callable[[str], None]) -> TrainState:
+        """Restore the newest valid checkpoint; the initial state where there is none.
+
+        The number of ranks may have changed, the global batch may not: ValueError. Ranks that a
+        checkpoint does not know draw from (seed, step, rank) from there on.
+        """
+        saved = load_checkpoint(self._folder, self._device, log)
+        if saved is None:
+            return TrainState()
+        if saved["global_batch"] != self._global_batch:
+            raise ValueError(
+                f"{self._folder} is of a run with {saved['global_batch']} images in a batch over "
+                f"all ranks, this one has {self._global_batch}; set --global-batch "
+                f"{saved['global_batch']}"
+            )
+        for name, part in self._parts.items():
+            part.load_state_dict(saved[name])
+        at, ranks = TrainState(**saved["progress"]), self._ranks
+        if len(saved["random"]) == ranks.world:
+            _set_random_state(saved["random"][ranks.rank], self._device)
+        else:
+            log(f"resuming on {ranks.world} ranks; the run had {len(saved['random'])}")
+            torch.manual_seed(hash((self._seed, at.step, ranks.rank)) % 2**63)
+        return at
+
+
+class CheckpointTimer:
+    """Says when to save: `every_s` seconds after the last time, or later, to stay under 2 % of the
+    time."""
+
+    def __init__(self, every_s: float):
+        self._every_s = every_s
+        self._last, self._cost_s = time.monotonic(), 0.0
+
+    def is_due(self) -> bool:
+        return time.monotonic() - self._last >= max(self._every_s, 50 * self._cost_s)
+
+    def time(self, save: Callable[[], None]) -> None:
+        begin = time.monotonic()
+        save()
+        self._last = time.monotonic()
+        self._cost_s = self._last - begin
+
+
+def _random_state(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+
+
+def _set_random_state(states: list[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0].cpu())
+    if device.type == "cuda" and len(states) > 1:
+        torch.cuda.set_rng_state(states[1].cpu(), device)

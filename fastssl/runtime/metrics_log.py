@@ -1,5 +1,4 @@
-"""What a run tells: one JSON line per report for programs, a progress bar or plain lines for
-people."""
+"""The log of a run's metrics: JSON lines for programs, a progress bar or plain lines for people."""
 
 import json
 import os
@@ -12,11 +11,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 
-class Log:
+class MetricsLog:
     """Writes metrics.jsonl and shows progress; a context manager around the training loop.
 
     On a terminal it draws a bar with views/s, loss and the time left; elsewhere it prints about ten
-    lines. With no path, as on all ranks but the first, it does nothing.
+    lines. Without a path, as on all ranks but rank 0, it does nothing.
     """
 
     def __init__(

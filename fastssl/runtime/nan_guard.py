@@ -1,7 +1,8 @@
-"""Losses and gradients that are not finite: kept from the weights, named, and skipped or fatal.
+"""Losses and gradients that are not finite never reach the weights: the step is skipped, or the run
+ends.
 
 The optimizer itself skips such a step on the device (`Step`), so that nothing waits for the host;
-this guard reads the verdicts when metrics are read anyway, and says which step and images it was.
+this guard reads the flags when metrics are read anyway, and names the step and its images.
 
 Shapes: N batch.
 """
@@ -12,49 +13,49 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-NAMED = 8  # images of a bad batch that are named
-HOPELESS = 10  # steps skipped one after another
+NAMED = 8  # images of a bad batch that are named in the message
+MAX_CONSECUTIVE_SKIPS = 10
 
 
 class NonFiniteLossError(ArithmeticError):
     """The loss or its gradient became NaN or infinite; the weights did not."""
 
 
-class FiniteGuard:
-    """Remembers the last steps' verdicts until `check`. policy: "stop" raises, "skip" goes on."""
+class NonFiniteGuard:
+    """Records whether steps were finite, until `check`. policy: "stop" raises, "skip" does not."""
 
     def __init__(
-        self, model: nn.Module, policy: Literal["skip", "stop"], say: Callable[[str], None]
+        self, model: nn.Module, policy: Literal["skip", "stop"], log: Callable[[str], None]
     ):
-        self._policy, self._say = policy, say
+        self._policy, self._log = policy, log
         self._norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self._steps: list[tuple[int, Tensor, Tensor]] = []
-        self._row = 0  # bad steps, one after another
+        self._in_a_row = 0  # bad steps, one after another
         self.skipped = 0
-        self._keep()
+        self._snapshot()
 
     def add(self, step: int, index: Tensor, finite: Tensor) -> None:
-        """The step on the images `index` (N,) had this verdict, () bool on the device. On a CPU it
-        is read at once, which costs nothing."""
+        """Record whether the step on the images `index` (N,) was finite, () bool on the device. On
+        a CPU the flag is read at once, which costs nothing."""
         self._steps.append((step, index, finite))
         if not finite.is_cuda:
             self.check()
 
     def check(self) -> None:
-        """Read the verdicts since the last check, the one sync with the device.
+        """Read the flags since the last check: a sync with the device.
 
         NonFiniteLossError with policy "stop", and where ten steps in a row were skipped.
         """
         if not self._steps:
             return
         steps, self._steps = self._steps, []
-        verdicts = torch.stack([finite for _, _, finite in steps]).tolist()
-        for (step, index, _), finite in zip(steps, verdicts, strict=True):
-            self._row = 0 if finite else self._row + 1
+        flags = torch.stack([finite for _, _, finite in steps]).tolist()
+        for (step, index, _), finite in zip(steps, flags, strict=True):
+            self._in_a_row = 0 if finite else self._in_a_row + 1
             if not finite:
                 self._report(step, index)
-        if all(verdicts):
-            self._keep()
+        if all(flags):
+            self._snapshot()
         else:  # batch norms saw what was not finite on the way forward
             self._restore()
 
@@ -67,17 +68,19 @@ class FiniteGuard:
             raise NonFiniteLossError(
                 f"{what}; try a lower --lr, or --on-nonfinite skip if it is rare"
             )
-        if self._row >= HOPELESS:
-            raise NonFiniteLossError(f"{what}: {HOPELESS} steps in a row; try a lower --lr")
-        self._say(f"{what}; the step was skipped")
+        if self._in_a_row >= MAX_CONSECUTIVE_SKIPS:
+            raise NonFiniteLossError(
+                f"{what}: {MAX_CONSECUTIVE_SKIPS} steps in a row; try a lower --lr"
+            )
+        self._log(f"{what}; the step was skipped")
 
-    def _keep(self) -> None:
-        self._kept = [(_stats(norm), [x.clone() for x in _stats(norm)]) for norm in self._norms]
+    def _snapshot(self) -> None:
+        self._saved = [(_stats(norm), [x.clone() for x in _stats(norm)]) for norm in self._norms]
 
     def _restore(self) -> None:
         with torch.no_grad():
-            for now, kept in self._kept:
-                for x, y in zip(now, kept, strict=True):
+            for now, saved in self._saved:
+                for x, y in zip(now, saved, strict=True):
                     x.copy_(y)
 
 

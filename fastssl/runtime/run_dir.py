@@ -1,14 +1,17 @@
-"""A run's folder: config.json, metrics.jsonl, checkpoint/, backbone.safetensors, curves.png,
-summary.json."""
+"""The directory of a run: config.json, metrics.jsonl, checkpoint/, backbone.safetensors,
+curves.png, summary.json."""
 
 import fcntl
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
-from fastssl.config import Config, config_to_json, read_config
+from fastssl.config import Config, flag, knob_names
+from fastssl.objectives import METHODS, complete, configured
 
 
 def is_resumed(folder: Path, config: Config) -> bool:
@@ -38,8 +41,8 @@ def create(folder: Path, config: Config) -> None:
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process alone; ValueError where another trains in it. The hold ends
+def locked(folder: Path) -> Iterator[None]:
+    """Lock `folder` for this process; ValueError where another process trains in it. The lock ends
     with the process, however that ends."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -64,12 +67,45 @@ def next_free(root: Path, name: str, config: Config) -> Path:
 
 def differences(there: Config, here: Config) -> str:
     """The knobs in which two configs differ, as one line; where they are stored does not count."""
-    old, new = asdict(there), asdict(here)
+    old, new = flat(there), flat(here)
     return ", ".join(
-        f"--{k.replace('_', '-')} {old[k]} there, {new[k]} here"
-        for k in old
-        if k != "run" and old[k] != new[k]
+        f"{flag(k)} {old.get(k, '(none)')} there, {new.get(k, '(none)')} here"
+        for k in old | new
+        if k != "run" and old.get(k) != new.get(k)
     )
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """Every knob of a run by name, those of its method among them."""
+    knobs = asdict(complete(config))
+    return knobs | knobs.pop("objective")
+
+
+def config_to_json(config: Config) -> str:
+    return json.dumps(flat(config), indent=2)
+
+
+def config_from_json(text: str) -> Config:
+    """The Config of a `config.json`; ValueError names the knobs this version does not have.
+
+    Files of versions that wrote the knobs of all methods are read: those of other methods never had
+    an effect, and are left out.
+    """
+    values: dict[str, Any] = json.loads(text)
+    knobs = {name: knob_names(method.Knobs) for name, method in METHODS.items()}
+    known = knob_names(Config).union(*knobs.values())
+    if unknown := sorted(set(values) - known):
+        raise ValueError(f"config.json has knobs this version does not know: {', '.join(unknown)}")
+    own = knob_names(Config) | knobs.get(values.get("method", Config.method), set())
+    return configured(Config(), **{k: v for k, v in values.items() if k in own})
+
+
+def read_config(run: Path) -> Config:
+    """The Config of a run directory."""
+    path = run / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{run} is not a run folder: it has no config.json")
+    return config_from_json(path.read_text())
 
 
 def write_text(path: Path, text: str) -> None:

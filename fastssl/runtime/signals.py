@@ -1,5 +1,4 @@
-"""Signals that ask a run to stop: obeyed at once, but inside the training loop after the step at
-hand."""
+"""Signals that ask a run to stop: at once, but inside the training loop after the current step."""
 
 import signal
 from collections.abc import Iterator
@@ -18,27 +17,27 @@ class Interrupted(BaseException):  # not an Exception: no handler of errors may 
 
 
 class StopRequest:
-    """Says which signal has come, if any, while it holds signals back."""
+    """The signal received while raising is deferred, if any."""
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self._held = False
+        self._deferred = False
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        if not self._held:
+        if not self._deferred:
             raise Interrupted(number)
         self.received = number
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Note signals instead of obeying them; `obey` raises."""
-        self._held = True
+    def deferred(self) -> Iterator[None]:
+        """Record signals instead of raising; `raise_if` raises."""
+        self._deferred = True
         try:
             yield
         finally:
-            self._held = False
+            self._deferred = False
 
-    def obey(self, number: int) -> None:
+    def raise_if(self, number: int) -> None:
         """Raise Interrupted for a signal that this or another rank received; 0 is none."""
         if number:
             raise Interrupted(number)
@@ -46,7 +45,7 @@ class StopRequest:
 
 @contextmanager
 def stop_signals() -> Iterator[StopRequest]:
-    """Handle SIGINT, SIGTERM and SIGUSR1 by one StopRequest; then bring the old handlers back."""
+    """Handle SIGINT, SIGTERM and SIGUSR1 by one StopRequest; then restore the old handlers."""
     request = StopRequest()
     old = {number: signal.signal(number, request.handle) for number in SIGNALS}
     try:

@@ -1,4 +1,4 @@
-"""Says where a run hangs: the phase and the stack of a step that takes twice its usual time."""
+"""Watchdog: logs the phase and the stack of a step that takes twice its usual time."""
 
 import statistics
 import sys
@@ -11,23 +11,28 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 Item = TypeVar("Item")
-USUAL = 20  # steps whose times make the usual one
+USUAL = 20  # last steps whose times make the usual one
 
 
-class StallWatch:
-    """A thread that watches the one that made it; a context manager around the training loop.
+class Watchdog:
+    """A thread that monitors the one that made it; a context manager around the training loop.
 
-    A step may take twice the slowest of the last steps, and at least `grace_s`: the first steps,
-    which compile, are not judged. A stall is told once; the run goes on.
+    A step may take twice the slowest of the last steps, and at least `min_timeout_s`: the first
+    steps, which compile, have no limit. A stall is logged once; the run continues.
     """
 
-    def __init__(self, say: Callable[[str], None], grace_s: float):
-        self._say, self._grace_s = say, grace_s
-        self._watched = threading.get_ident()
+    def __init__(self, log: Callable[[str], None], min_timeout_s: float):
+        self._log, self._min_timeout_s = log, min_timeout_s
+        self._monitored = threading.get_ident()
         self._times: deque[float] = deque(maxlen=USUAL)
-        self._phase, self._step, self._begin, self._told = "starting", 0, time.monotonic(), False
+        self._phase, self._step, self._begin, self._reported = (
+            "starting",
+            0,
+            time.monotonic(),
+            False,
+        )
         self._end = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="fastssl-stall", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="fastssl-watchdog", daemon=True)
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -43,15 +48,15 @@ class StallWatch:
         self._thread.join()
 
     def phase(self, name: str) -> None:
-        """What the watched thread does from now on."""
+        """Set the phase of the monitored thread."""
         self._phase = name
 
-    def made(self, step: int) -> None:
-        """A step is complete; its time is a usual one if it was not told as a stall."""
+    def step_done(self, step: int) -> None:
+        """A step is complete; its time counts as usual unless it was logged as a stall."""
         now = time.monotonic()
-        if not self._told:
+        if not self._reported:
             self._times.append(now - self._begin)
-        self._step, self._begin, self._told = step, now, False
+        self._step, self._begin, self._reported = step, now, False
 
     def batches(self, epoch: Iterable[Item]) -> Iterator[Item]:
         """The epoch's batches; waiting for one is the phase "waiting for data"."""
@@ -66,16 +71,16 @@ class StallWatch:
         times = list(self._times)
         if len(times) < 5:
             return float("inf")
-        return max(self._grace_s, 2 * max(statistics.median(times), sorted(times)[-2]))
+        return max(self._min_timeout_s, 2 * max(statistics.median(times), sorted(times)[-2]))
 
-    def _watch(self) -> None:
-        while not self._end.wait(min(1.0, self._grace_s / 4)):
+    def _run(self) -> None:
+        while not self._end.wait(min(1.0, self._min_timeout_s / 4)):
             waited = time.monotonic() - self._begin
-            if not self._told and waited > self.allowed_s():
-                self._told = True
-                frame = sys._current_frames().get(self._watched)
+            if not self._reported and waited > self.allowed_s():
+                self._reported = True
+                frame = sys._current_frames().get(self._monitored)
                 stack = "".join(traceback.format_stack(frame)) if frame else "(no stack)"
-                self._say(
+                self._log(
                     f"step {self._step + 1} has taken {waited:.1f} s, twice its usual time, "
                     f"{self._phase}; its stack:\n{stack}"
                 )

@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from bench.report import (
     timing_table,
 )
 from bench.suites import covariance_losses, softmax_losses, train_step
+from fastssl.objectives import configured
 
 ROOT = Path(__file__).parents[2]
 
@@ -85,7 +85,7 @@ def test_rows_check_before_they_time() -> None:
 
 def test_steps_train_by_torchvision_and_by_us() -> None:
     config, height, width = next(iter(train_step.CPU_SETTINGS.values()))
-    variants = train_step._variants(replace(config, batch_size=8, device="cpu"), height, width)
+    variants = train_step._variants(configured(config, batch_size=8, device="cpu"), height, width)
     train_step._check(variants)
     assert len(variants) == 2
     with pytest.raises(AssertionError, match="nan"):

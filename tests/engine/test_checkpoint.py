@@ -10,13 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from fastssl.backbones import build_backbone
+from fastssl.backbones import build_backbone, load_backbone, save_backbone
 from fastssl.runtime import checkpoint
 from fastssl.runtime.checkpoint import (
     checkpoints,
-    load_backbone,
     load_checkpoint,
-    save_backbone,
     save_checkpoint,
 )
 

@@ -1,6 +1,7 @@
 """The commands as a user types them: help, results, one line with exit code 2 for each mistake."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,11 +13,12 @@ import torch
 from PIL import Image
 
 from fastssl.cli import COMMANDS, run
-from fastssl.cli.catalog_commands import recipe_cards
-from fastssl.config import Config
+from fastssl.cli.parsing import parse_config
+from fastssl.config import Config, flag, knob_names
 from fastssl.evaluation.spectrum import rankme
-from fastssl.methods import METHODS
-from fastssl.recipes import RECIPES
+from fastssl.objectives import METHODS
+from fastssl.objectives.pal import PAL
+from fastssl.recipes import recipe_config
 
 QUICK = ["--epochs", "1", "--warmup-epochs", "0", "--backbone", "fastnet-8", "--label-draws", "1"]
 
@@ -38,8 +40,9 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         run(["train", "digits-diet", "--help"])
     assert stop.value.code == 0
     out = capsys.readouterr().out
-    for field in Config.__dataclass_fields__:
-        assert f"--{field.replace('_', '-')}" in out
+    flags = set(re.findall(r"--[a-z][a-z-]*", out)) - {"--help"}
+    own = knob_names(Config) | knob_names(METHODS["diet"].Knobs)
+    assert {name for name in flags if not name.startswith("--no-")} == set(map(flag, own))
     assert "default: digits)" in out.replace("'", "")
 
 
@@ -52,10 +55,13 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "digits-diet", "--epoch", "3"], "unknown knob --epoch; did you mean --epochs?"),
         (
             ["train", "digits-diet", "--zzz", "3"],
-            "unknown knob --zzz; `fastssl train digits-diet --help`",
+            "unknown knob --zzz; `--help` lists the knobs",
         ),
         (["train", "digits-diet", "--epochs", "three"], "Error parsing --epochs: invalid literal"),
-        (["train", "digits-diet", "--method", "simsiam"], "invalid choice 'simsiam'"),
+        (
+            ["train", "digits-diet", "--method", "simsiam"],
+            "unknown --method 'simsiam'; there are",
+        ),
         (["train", "digits-diet", "--epochs"], "Missing value for argument '--epochs'"),
         (["train", "digits-diet", "--batch-size", "0"], "--batch-size is 0: it must be at least 1"),
         (
@@ -67,6 +73,11 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         (
             ["train", "barlow", "--backbone", "resnet8000", "--data", "digits"],
             "unknown backbone 'resnet8000'",
+        ),
+        (["train", "barlow", "--fused-head"], "--fused-head is for diet: --method barlow has none"),
+        (
+            ["train", "diet", "--oracle", "labels"],
+            "--oracle is for barlow, simclr, spectral",
         ),
         (["eval"], "takes one run folder"),
         (["eval", "/nowhere"], "/nowhere is not a run folder"),
@@ -154,12 +165,26 @@ def test_methods_are_listed_with_their_cards(capsys: pytest.CaptureFixture[str])
     out = " ".join(capsys.readouterr().out.split())
     for name, method in METHODS.items():
         assert f"{name} {method.paper}" in out and method.formula in out
-    assert "digits-diet: 2 CPU cores" in out and "barlow: a folder of images" in out
+    assert f"pal {PAL.paper}" in out and "--oracle labels|queries" in out
+    assert "digits-diet: 2 CPU cores, 37 s: linear 10 0.970 ± 0.002" in out
+    assert "barlow: a GPU, a folder of images: not measured yet" in out
 
 
-def test_every_recipe_has_a_card() -> None:
-    cards = recipe_cards()
-    assert set(cards) == set(RECIPES) and all(cards.values())
+def test_flags_of_other_methods_have_no_effect_and_are_named(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flags = ["--projector-width", "64", "--lambd=0.1", "--label-smoothing", "0.5"]
+    config = parse_config("digits-diet", flags)
+    assert config == recipe_config("digits-diet", label_smoothing=0.5)
+    err = capsys.readouterr().err
+    assert "diet has no --projector-width" in err and "diet has no --lambd" in err
+
+
+def test_knobs_follow_the_method() -> None:
+    config = parse_config("digits-diet", ["--method", "barlow", "--lambd", "0.5"])
+    assert config.objective == METHODS["barlow"].Knobs(
+        projector_width=256, projector_layers=2, lambd=0.5
+    )
 
 
 def test_runs_are_ranked_and_selected(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

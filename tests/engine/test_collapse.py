@@ -1,32 +1,35 @@
 """The watcher on runs that collapse, by its thresholds and by training, and on runs that do not."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor
 
+from fastssl.backbones import feature_width, seeded_backbone
 from fastssl.config import Config
-from fastssl.data.datasets import load_images
-from fastssl.data.loading import build_views, seeded_backbone
-from fastssl.evaluation.collapse import CollapseError, CollapseWatcher, likely_causes
-from fastssl.evaluation.spectrum import SpectrumQueue
-from fastssl.objectives import build_objective
+from fastssl.data.datasets import load_array
+from fastssl.data.loading import build_views
+from fastssl.evaluation.collapse import (
+    CollapseDetector,
+    CollapseError,
+    SpectrumQueue,
+    likely_causes,
+)
+from fastssl.objectives import build_objective, configured
 from fastssl.optim import build_optimizer
-from fastssl.recipes import RECIPES
+from fastssl.recipes import recipe_config
 from fastssl.step import view_features
 from fastssl_pipelines import open_pipeline
 
-VICREG = replace(RECIPES["digits-barlow"], method="vicreg")
+VICREG = recipe_config("digits-barlow", method="vicreg")
 BATCHES = 11  # of 128 in an epoch of the digits
 
 
 def watcher(
     mode: str = "warn", dimensions: int = 128, config: Config = VICREG
-) -> tuple[CollapseWatcher, list[str]]:
+) -> tuple[CollapseDetector, list[str]]:
     said: list[str] = []
-    config = replace(config, on_collapse=mode)  # type: ignore[arg-type]
-    return CollapseWatcher(config, dimensions, said.append), said
+    config = configured(config, on_collapse=mode)  # type: ignore[arg-type]
+    return CollapseDetector(config, dimensions, said.append), said
 
 
 def reports(*pairs: tuple[float, float]) -> list[dict[str, float]]:
@@ -87,24 +90,24 @@ def test_its_state_is_carried_over_a_resume() -> None:
 
 
 def test_causes_are_those_of_the_run() -> None:
-    barlow = replace(RECIPES["digits-barlow"], lambd=0.0, batch_size=16, precision="bfloat16")
+    barlow = recipe_config("digits-barlow", lambd=0.0, batch_size=16, precision="bfloat16")
     text = "; ".join(likely_causes(barlow))
     assert "(--lambd 0)" in text and "--batch-size 16" in text and "bfloat16" in text
-    assert "(--lambd tuned)" in "; ".join(likely_causes(replace(barlow, lambd=None)))
+    assert "(--lambd tuned)" in "; ".join(likely_causes(configured(barlow, lambd=None)))
     assert "--lambd" not in "; ".join(likely_causes(VICREG))
-    assert "--label-smoothing" in "; ".join(likely_causes(RECIPES["digits-diet"]))
+    assert "--label-smoothing" in "; ".join(likely_causes(recipe_config("digits-diet")))
 
 
-def train_watched(config: Config, epochs: int, watch: CollapseWatcher) -> int:
+def train_watched(config: Config, epochs: int, watch: CollapseDetector) -> int:
     """Train on the digits, checking at the end of each epoch and where the queue answers before;
     -> steps."""
     device, step = torch.device("cpu"), 0
-    images = load_images("digits", "train", size=0, holdout=0.2)
+    images = load_array("digits", "train", holdout=0.2)
     pipeline = open_pipeline(
         "resident", images, views=build_views(config), batch_size=128, seed=0, device=device
     )
     backbone = seeded_backbone(config, device)
-    features: int = backbone.num_features  # type: ignore[assignment]
+    features = feature_width(backbone)
     objective = build_objective(config, features=features, num_samples=len(images))
     optimizer = build_optimizer(config, [backbone, objective])
     queue = SpectrumQueue(features, device)
@@ -126,7 +129,7 @@ SMALL = {"image_size": 8}  # a quarter of the recipes' work
 
 def test_a_run_that_collapses_is_stopped() -> None:
     """VICReg with invariance alone; its RankMe, 54 at best, falls to 10 in the third epoch."""
-    config = replace(VICREG, std_coeff=0.0, cov_coeff=0.0, lr=3e-2, **SMALL)  # type: ignore[arg-type]
+    config = configured(VICREG, std_coeff=0.0, cov_coeff=0.0, lr=3e-2, **SMALL)  # type: ignore[arg-type]
     watch, said = watcher("stop", config=config)
     with pytest.raises(CollapseError, match=r"--sim-coeff 25, --std-coeff 0, --cov-coeff 0"):
         train_watched(config, 5, watch)
@@ -135,7 +138,7 @@ def test_a_run_that_collapses_is_stopped() -> None:
 
 @pytest.mark.parametrize("method", ["diet", "barlow", "vicreg"])
 def test_a_healthy_run_is_left_alone(method: str) -> None:
-    config = replace(VICREG, method=method, **SMALL)  # type: ignore[arg-type]
+    config = configured(VICREG, method=method, **SMALL)  # type: ignore[arg-type]
     watch, said = watcher("stop", config=config)
     assert train_watched(config, 2, watch) == 2 * BATCHES
     assert not said

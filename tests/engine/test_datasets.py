@@ -9,12 +9,20 @@ import pytest
 import torch
 from PIL import Image
 
-from fastssl.data.datasets import load_images, load_labels
+from fastssl.config import Config
+from fastssl.data.datasets import Images, Part, load_labels
+from fastssl.data.splits import ArraySplit, FileSplit, Split, open_split
 from fastssl_pipelines.memory import require_memory
 from fastssl_pipelines.sources.convert import convert
 from tests.helpers.requires import needs
 
-ARGS = {"size": 16, "holdout": 0.2}
+
+def load_images(data: str, part: Part) -> Images:
+    """All images of one part, decoded to squares of 16 px and held."""
+    config = Config(data=data, load_size=16, on_corrupt="stop")
+    split = open_split(config, part, hold=True)
+    assert isinstance(split, ArraySplit)
+    return split.pixels
 
 
 def write_images(folder: Path, count: int, seed: int = 0) -> None:
@@ -25,7 +33,7 @@ def write_images(folder: Path, count: int, seed: int = 0) -> None:
 
 
 def test_digits() -> None:
-    train, test = (load_images("digits", part, **ARGS) for part in ("train", "test"))
+    train, test = (load_images("digits", part) for part in ("train", "test"))
     assert (
         train.shape == (1438, 8, 8, 3) and test.shape == (359, 8, 8, 3) and train.dtype == np.uint8
     )
@@ -48,7 +56,7 @@ def test_cifar10_npz_is_the_real_thing(data: Path, tmp_path: Path) -> None:
         x_test=images[100:],
         y_test=labels["y_test"][100:],
     )
-    np.testing.assert_array_equal(load_images(str(path), "test", **ARGS), images[100:])
+    np.testing.assert_array_equal(load_images(str(path), "test"), images[100:])
     np.testing.assert_array_equal(
         load_labels(str(path), "train", holdout=0.2), labels["y_test"][:100]
     )
@@ -68,14 +76,14 @@ def test_official_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         (folder / name).write_bytes(pickle.dumps({"data": pixels[name], "labels": [k] * 4}))
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
     with pytest.raises(ValueError, match="is not the official CIFAR-10"):
-        load_images(str(folder), "train", **ARGS)
+        load_images(str(folder), "train")
     monkeypatch.setattr(CIFAR10, "train_list", [[name, None] for name in names[:5]])
     monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", None]])
     monkeypatch.setattr(
         CIFAR10, "meta", {"filename": "batches.meta", "key": "label_names", "md5": None}
     )
     for where in (folder, tmp_path):
-        images = load_images(str(where), "train", **ARGS)
+        images = load_images(str(where), "train")
         assert images.shape == (20, 32, 32, 3)
         np.testing.assert_array_equal(
             images[4], pixels["data_batch_2"][0].reshape(3, 32, 32).transpose(1, 2, 0)
@@ -91,7 +99,7 @@ def test_a_failed_download_says_what_to_pass(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar.tar.gz")
     with pytest.raises(ValueError, match=r"could not be downloaded.*pass --data with an \.npz"):
-        load_images("cifar10", "train", **ARGS)
+        load_images("cifar10", "train")
 
 
 def test_imagenette_folder(data: Path, tmp_path: Path) -> None:
@@ -101,7 +109,7 @@ def test_imagenette_folder(data: Path, tmp_path: Path) -> None:
             m for m in members if m.name.startswith("val/")
         ][::25]
         tar.extractall(tmp_path, members=some, filter="data")
-    train, test = (load_images(str(tmp_path), part, **ARGS) for part in ("train", "test"))
+    train, test = (load_images(str(tmp_path), part) for part in ("train", "test"))
     assert train.shape == (30, 16, 16, 3) and test.shape == (10, 16, 16, 3)
     labels = [load_labels(str(tmp_path), part, holdout=0.2) for part in ("train", "test")]
     assert labels[0] is not None and labels[0].tolist() == sorted(list(range(10)) * 3)
@@ -115,7 +123,7 @@ def test_class_folders_are_split_alike_for_images_and_labels(tmp_path: Path) -> 
         for k in range(10):
             Image.new("RGB", (16, 16), (100 * number + k, 0, 0)).save(folder / f"{k}.png")
     for part, count in (("train", 16), ("test", 4)):
-        images = load_images(str(tmp_path), part, **ARGS)
+        images = load_images(str(tmp_path), part)
         labels = load_labels(str(tmp_path), part, holdout=0.2)
         assert len(images) == count
         np.testing.assert_array_equal(images[:, 0, 0, 0] // 100, labels)
@@ -123,7 +131,7 @@ def test_class_folders_are_split_alike_for_images_and_labels(tmp_path: Path) -> 
 
 def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
     write_images(tmp_path / "flat", 10)
-    assert load_images(str(tmp_path / "flat"), "train", **ARGS).shape == (8, 16, 16, 3)
+    assert load_images(str(tmp_path / "flat"), "train").shape == (8, 16, 16, 3)
     assert load_labels(str(tmp_path / "flat"), "train", holdout=0.2) is None
 
 
@@ -138,9 +146,7 @@ def test_beton_is_the_folder_it_was_made_from(tmp_path: Path) -> None:
             photo.save(tmp_path / "x" / name / f"{k}.jpg")
     target = str(convert(tmp_path / "x", tmp_path / "x.beton").target)
     for part in ("train", "test"):
-        images, expected = (
-            load_images(data, part, **ARGS) for data in (target, str(tmp_path / "x"))
-        )
+        images, expected = (load_images(data, part) for data in (target, str(tmp_path / "x")))
         np.testing.assert_array_equal(images, expected)
         labels, known = (
             load_labels(data, part, holdout=0.2) for data in (target, str(tmp_path / "x"))
@@ -155,7 +161,7 @@ def test_decoding_keeps_the_centre(tmp_path: Path) -> None:
         wide = np.zeros((16, 48, 3), dtype=np.uint8)
         wide[:, 16:32] = 200
         Image.fromarray(wide).save(tmp_path / "x" / f"{k}.png")
-    assert (load_images(str(tmp_path), "train", **ARGS) == 200).all()
+    assert (load_images(str(tmp_path), "train") == 200).all()
 
 
 def test_images_never_read_labels(tmp_path: Path) -> None:
@@ -163,7 +169,7 @@ def test_images_never_read_labels(tmp_path: Path) -> None:
     path = tmp_path / "poisoned.npz"
     poison = np.array([object()], dtype=object)  # np.load refuses to unpickle it
     np.savez(path, x_train=np.zeros((10, 8, 8, 3), np.uint8), y_train=poison)
-    assert len(load_images(str(path), "train", **ARGS)) == 8
+    assert len(load_images(str(path), "train")) == 8
     with pytest.raises(ValueError, match="pickle"):
         load_labels(str(path), "train", holdout=0.2)
 
@@ -182,7 +188,7 @@ def test_bad_arrays(arrays: dict[str, np.ndarray], message: str, tmp_path: Path)
     path = tmp_path / "bad.npz"
     np.savez(path, **arrays)
     with pytest.raises(ValueError, match=message):
-        load_images(str(path), "train", **ARGS)
+        load_images(str(path), "train")
 
 
 def test_floats_become_bytes(tmp_path: Path) -> None:
@@ -190,22 +196,22 @@ def test_floats_become_bytes(tmp_path: Path) -> None:
     x = np.linspace(0, 1, 5 * 2 * 2 * 3).reshape(5, 2, 2, 3)
     np.savez(path, x_train=x, x_test=x)
     np.testing.assert_array_equal(
-        load_images(str(path), "train", **ARGS), np.round(x * 255).astype(np.uint8)
+        load_images(str(path), "train"), np.round(x * 255).astype(np.uint8)
     )
 
 
 def test_missing_empty_and_corrupt(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not exist; pass a folder"):
-        load_images(str(tmp_path / "nowhere"), "train", **ARGS)
+        load_images(str(tmp_path / "nowhere"), "train")
     with pytest.raises(ValueError, match="holds no images"):
-        load_images(str(tmp_path), "train", **ARGS)
+        load_images(str(tmp_path), "train")
     with pytest.raises(ValueError, match="pass --data"):
-        load_images("", "train", **ARGS)
+        load_images("", "train")
     write_images(tmp_path / "some", 9)
     (tmp_path / "some" / "broken.jpg").write_bytes(b"\xff\xd8\xff not a picture")
     with pytest.raises(ValueError, match=r"broken\.jpg cannot be read as an image"):
         for part in ("train", "test"):
-            load_images(str(tmp_path / "some"), part, **ARGS)
+            load_images(str(tmp_path / "some"), part)
 
 
 def test_test_classes_must_be_known(tmp_path: Path) -> None:
@@ -219,3 +225,39 @@ def test_too_large_for_memory() -> None:
     with pytest.raises(ValueError, match=r"the views needs .* GiB are free; lower --image-size"):
         require_memory(2**60, "the views", "lower --image-size", torch.device("cpu"))
     require_memory(1, "a byte", "nothing")
+
+
+def test_files_are_read_as_they_are_asked_for(tmp_path: Path) -> None:
+    """A split of files yields what one that is held does, in any order, without the unreadable."""
+    write_images(tmp_path / "x", 9)
+    (tmp_path / "x" / "3b.jpg").write_bytes(b"\xff\xd8\xff not a picture")
+    config = Config(data=str(tmp_path / "x"), load_size=16, corrupt_quota=0.5, holdout=0.3)
+    for part in ("train", "test"):
+        held, files = (open_split(config, part, hold=hold) for hold in (True, False))
+        assert isinstance(held, ArraySplit) and isinstance(files, FileSplit)
+        found = list(files.batches(files.chunks(4)))
+        assert dict(files.skipped) == dict(held.skipped)
+        pixels = np.concatenate([images for _, images in found])
+        np.testing.assert_array_equal(pixels, held.pixels)
+        assert files.total == len(files) == held.total == len(held) + len(held.skipped)
+        numbers = torch.cat([numbers for numbers, _ in found]).tolist()
+        readable = [n for n, name in enumerate(files.files.names) if name not in files.skipped]
+        assert numbers == readable
+        (last,) = files.batches([torch.tensor(readable[-1:])])
+        np.testing.assert_array_equal(last[1][0], held.pixels[-1])
+
+
+def test_labels_follow_the_images(tmp_path: Path) -> None:
+    """Rows of a held split, numbers of a split of files: both name the image's own class."""
+    for number, name in enumerate(("ant", "bee")):
+        (tmp_path / name).mkdir()
+        for k in range(6):
+            Image.new("RGB", (16, 16), (100 * number + k, 0, 0)).save(tmp_path / name / f"{k}.png")
+    (tmp_path / "ant" / "2b.jpg").write_bytes(b"broken")
+    config = Config(data=str(tmp_path), load_size=16, corrupt_quota=0.5)
+    splits: list[Split] = [open_split(config, "train", hold=hold) for hold in (True, False)]
+    for split in splits:
+        labels = split.labels()
+        assert labels is not None and len(labels) == len(split)
+        for numbers, images in split.batches(split.chunks(3)):
+            np.testing.assert_array_equal(images[:, 0, 0, 0] // 100, labels[numbers])

@@ -4,7 +4,6 @@ next run may have another number of them."""
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +13,25 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import fastssl.train
-from fastssl.distributed import ALONE, Ranks, global_batch_norm, joined_ranks, rank_batch
-from fastssl.methods import METHODS
-from fastssl.objectives import build_objective
-from fastssl.objectives.oracles import LabelOracle
+from fastssl.distributed import (
+    SINGLE_PROCESS,
+    Ranks,
+    global_batch_norm,
+    init_distributed,
+    rank_batch,
+)
+from fastssl.objectives import METHODS, build_objective, configured
+from fastssl.objectives.oracles import LabelOracle, uses_oracle
 from fastssl.pretrain import pretrain
-from fastssl.recipes import RECIPES
+from fastssl.recipes import recipe_config
 from fastssl.runtime.metrics_log import read_metrics
 from fastssl.step import Model, Step, _over_ranks
 from tests.helpers.gloo import on_ranks
 
 N, F, M = 8, 6, 24  # a batch, features, the data set
-SMALL = replace(RECIPES["digits-barlow"], projector_width=16, lambd=None)
+SMALL = recipe_config("digits-barlow", projector_width=16, lambd=None)
 CASES: dict[str, dict[str, Any]] = {
-    **{method: {"method": method} for method in METHODS if method != "sdiet" and method != "pal"},
+    **{method: {"method": method} for method in METHODS if method != "sdiet"},
     **{f"pal {m}": {"method": m, "oracle": "labels"} for m in ("barlow", "vicreg", "simclr")},
     "vicreg by mean": {"method": "vicreg", "views": 3, "pairing": "mean"},
     "diet sharded": {"method": "diet", "fused_head": True},
@@ -37,15 +41,15 @@ CASES: dict[str, dict[str, Any]] = {
 def model_of(case: str, ranks: Ranks) -> Model:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(12, F), nn.BatchNorm1d(F), nn.ReLU())
-    config = replace(SMALL, **CASES[case])
-    oracle = LabelOracle(torch.arange(M) % 3) if config.oracle == "labels" else None
+    config = configured(SMALL, **CASES[case])
+    oracle = LabelOracle(torch.arange(M) % 3) if uses_oracle(config) else None
     objective = build_objective(config, features=F, num_samples=M, oracle=oracle, group=ranks.group)
     return global_batch_norm(Model(net, objective).double(), ranks)
 
 
 def gradients(rank: int, world: int) -> dict[str, Any]:
     """case -> loss and gradients of this rank's share of one batch, after averaging."""
-    ranks = ALONE if world == 1 else Ranks(rank, world, dist.group.WORLD, dist.group.WORLD)
+    ranks = SINGLE_PROCESS if world == 1 else Ranks(rank, world, dist.group.WORLD, dist.group.WORLD)
     generator = torch.Generator().manual_seed(1)
     views = torch.randn(4, N, 3, 2, 2, generator=generator, dtype=torch.float64)
     index = torch.randperm(M, generator=generator)[:N]
@@ -81,7 +85,7 @@ def test_ranks_have_the_loss_and_gradients_of_one_process(world: int) -> None:
 
 def training(rank: int, world: int, folder: str, dies_at: int) -> float:
     """A short run whose rank 1 dies; seconds until this rank ended."""
-    fastssl.train.SaveClock.is_due = lambda clock: True  # type: ignore[method-assign]
+    fastssl.train.CheckpointTimer.is_due = lambda clock: True  # type: ignore[method-assign]
     calls, step = 0, Step.__call__
 
     def mortal(self: Step, views: Sequence[Tensor], index: Tensor, lr: float) -> Any:
@@ -100,7 +104,7 @@ def training(rank: int, world: int, folder: str, dies_at: int) -> float:
     return time.monotonic() - begin
 
 
-RUN = replace(
+RUN = configured(
     SMALL,
     backbone="fastnet-4",
     epochs=1,
@@ -125,7 +129,7 @@ def test_a_rank_dies_and_another_number_of_ranks_goes_on(tmp_path: Path) -> None
     said: list[str] = []
     pretrain(RUN, cut, said.append)
     assert any("resumed at step 6" in line for line in said)
-    assert any("goes on with 1 ranks; it had 2" in line for line in said)
+    assert any("resuming on 1 ranks; the run had 2" in line for line in said)
     one, two = read_metrics(whole / "metrics.jsonl"), read_metrics(cut / "metrics.jsonl")
     assert [m["step"] for m in two] == list(range(1, 12))
     assert two[0]["grad_norm"] == pytest.approx(one[0]["grad_norm"], rel=2e-3)
@@ -139,15 +143,15 @@ def test_another_global_batch_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
     def stop(*inputs: object) -> None:
         raise KeyboardInterrupt
 
-    plain = replace(RUN, global_batch=0)
-    monkeypatch.setattr(fastssl.train.SaveClock, "is_due", lambda clock: True)
-    monkeypatch.setattr(fastssl.train.StallWatch, "made", stop)
+    plain = configured(RUN, global_batch=0)
+    monkeypatch.setattr(fastssl.train.CheckpointTimer, "is_due", lambda clock: True)
+    monkeypatch.setattr(fastssl.train.Watchdog, "step_done", stop)
     with pytest.raises(KeyboardInterrupt):
         pretrain(plain, tmp_path / "run", lambda line: None)
     monkeypatch.undo()
     two = Ranks(0, 2)
-    monkeypatch.setattr("fastssl.pretrain.joined_ranks", lambda device: _context(two))
-    monkeypatch.setattr(Ranks, "most", lambda self, *numbers: list(numbers))
+    monkeypatch.setattr("fastssl.pretrain.init_distributed", lambda device: _context(two))
+    monkeypatch.setattr(Ranks, "all_reduce_max", lambda self, *numbers: list(numbers))
     with pytest.raises(ValueError, match="128 images in a batch over all ranks, this one has 256"):
         pretrain(plain, tmp_path / "run", lambda line: None)
 
@@ -159,19 +163,23 @@ def _context(ranks: Ranks) -> Any:
 
 
 def test_a_method_that_ranks_cannot_share_is_refused() -> None:
-    config = replace(SMALL, method="sdiet")
+    config = configured(SMALL, method="sdiet")
     with pytest.raises(ValueError, match="--method sdiet updates its rows in one process"):
         build_objective(config, features=F, num_samples=M, group=object())
 
 
 def test_a_batch_that_ranks_cannot_share_is_refused() -> None:
-    assert rank_batch(replace(SMALL, global_batch=96), 3) == 32
+    assert rank_batch(configured(SMALL, global_batch=96), 3) == 32
     assert rank_batch(SMALL, 3) == SMALL.batch_size
     with pytest.raises(ValueError, match="--global-batch 100 cannot be shared evenly by 3 ranks"):
-        rank_batch(replace(SMALL, global_batch=100), 3)
+        rank_batch(configured(SMALL, global_batch=100), 3)
 
 
 def test_alone_agrees_with_itself() -> None:
-    with joined_ranks("cpu") as ranks:
-        assert ranks is ALONE and ranks.first and ranks.group is None
-    assert ALONE.most(3, 0) == [3, 0] and ALONE.share(1.5) == 1.5 and ALONE.gather("x") == ["x"]
+    with init_distributed("cpu") as ranks:
+        assert ranks is SINGLE_PROCESS and ranks.is_main and ranks.group is None
+    assert (
+        SINGLE_PROCESS.all_reduce_max(3, 0) == [3, 0]
+        and SINGLE_PROCESS.broadcast(1.5) == 1.5
+        and SINGLE_PROCESS.gather("x") == ["x"]
+    )

@@ -1,6 +1,5 @@
-"""A forecast is near what the step then takes, and leaves nothing behind."""
+"""What --dry-run foretells is near what the step then takes, and leaves nothing behind."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,20 +9,20 @@ from bench.measure import _cpu_peak_mib
 from fastssl.backbones import build_backbone
 from fastssl.cli import run
 from fastssl.config import Config
-from fastssl.distributed import ALONE
-from fastssl.dry_run import forecast
-from fastssl.objectives import build_objective
+from fastssl.distributed import SINGLE_PROCESS
+from fastssl.dry_run import dry_run
+from fastssl.objectives import build_objective, configured
 from fastssl.optim import build_optimizer
-from fastssl.recipes import RECIPES
+from fastssl.recipes import recipe_config
 from fastssl.step import Model, Step
 
-CONFIG = replace(RECIPES["digits-barlow"], backbone="fastnet-8", device="cpu")
+CONFIG = recipe_config("digits-barlow", backbone="fastnet-8", device="cpu")
 
 
 @pytest.mark.parametrize("method", ["barlow", "diet"])
 def test_memory_is_near_the_peak_of_a_step(method: str) -> None:
-    config = replace(CONFIG, method=method, channels_last=False)  # type: ignore[arg-type]
-    told = forecast(config, print)
+    config = configured(CONFIG, method=method, channels_last=False)  # type: ignore[arg-type]
+    told = dry_run(config, print)
     peak = _peak_mib(config)
     parts = told.mib["activations"] + told.mib["gradients"]
     assert peak == pytest.approx(parts, rel=0.25)
@@ -34,7 +33,7 @@ def _peak_mib(config: Config) -> float:
     net = build_backbone(config.backbone)
     objective = build_objective(config, features=net.num_features, num_samples=1438)  # type: ignore[arg-type]
     optimizer = build_optimizer(config, [net, objective])
-    step = Step(config, Model(net, objective).train(), optimizer, ALONE, print)
+    step = Step(config, Model(net, objective).train(), optimizer, SINGLE_PROCESS, print)
     views = [torch.randn(config.batch_size, 3, 16, 16) for _ in range(2)]
     step(views, torch.arange(config.batch_size), 1e-3)
     optimizer.zero_grad(set_to_none=True)
@@ -42,7 +41,7 @@ def _peak_mib(config: Config) -> float:
 
 
 def test_counts_are_exact() -> None:
-    told = forecast(CONFIG, print)
+    told = dry_run(CONFIG, print)
     net = build_backbone("fastnet-8")
     assert told.parameters["backbone"] == sum(p.numel() for p in net.parameters())
     assert told.parameters["head of the method"] == 32 * 256 + 2 * 256 + 256 * 256

@@ -3,20 +3,19 @@ order of each criterion."""
 
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from fastssl.config import config_to_json
-from fastssl.data.loading import training_images
+from fastssl.data.splits import open_split
 from fastssl.evaluation import model_selection
-from fastssl.evaluation.model_selection import measure_quality, places, require_comparable
+from fastssl.evaluation.model_selection import measure_quality, rank_runs, require_comparable
 from fastssl.evaluation.spectrum import alpha_req, effective_rank, lidar, rankme
-from fastssl.evaluation.trained_run import load_frozen
+from fastssl.evaluation.trained_run import load_trained_run
 from fastssl.pretrain import pretrain
-from fastssl.recipes import RECIPES
+from fastssl.recipes import recipe_config
+from fastssl.runtime.run_dir import config_to_json
 
 SETTINGS = {"samples": 200, "images": 50, "views": 3}
 
@@ -25,19 +24,21 @@ SETTINGS = {"samples": 200, "images": 50, "views": 3}
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("runs") / "barlow"
     quick = {"epochs": 1, "warmup_epochs": 0.0, "backbone": "fastnet-8", "label_draws": 1}
-    config = replace(RECIPES["digits-barlow"], projector_width=32, **quick)  # type: ignore[arg-type]
+    config = recipe_config("digits-barlow", projector_width=32, **quick)  # type: ignore[arg-type]
     pretrain(config, path, lambda line: None)
     return path
 
 
 def test_each_criterion_of_features_and_embeddings(folder: Path) -> None:
     measured = measure_quality(folder, pytest.fail, **SETTINGS)
-    run = load_frozen(folder, pytest.fail)
-    images = training_images(run.config)
+    run = load_trained_run(folder, pytest.fail)
+    split, numbers = open_split(run.config, "train"), torch.arange(200)
     assert run.projector is not None
     with torch.no_grad():
-        centre = run.centre_features(images[:200])
-        augmented = torch.cat(list(run.view_features(images[:50], 3, run.backbone)))
+        centre = run.centre_features(split, numbers)
+        augmented = torch.cat(
+            [rows for _, rows in run.view_features(split, 3, run.backbone, numbers[:50])]
+        )
         assert augmented.shape == (50, 3, 32)
         layers = {
             "features": (centre, augmented),
@@ -61,7 +62,7 @@ def test_it_is_kept_until_asked_for_otherwise(
     other = measure_quality(folder, pytest.fail, **{**SETTINGS, "samples": 100})
     assert other["features"]["rankme"] != first["features"]["rankme"]
     assert other["features"]["lidar"] == first["features"]["lidar"]
-    monkeypatch.setattr(model_selection, "load_frozen", pytest.fail)
+    monkeypatch.setattr(model_selection, "load_trained_run", pytest.fail)
     assert measure_quality(folder, pytest.fail, **{**SETTINGS, "samples": 100}) == other
 
 
@@ -75,17 +76,17 @@ def test_an_infinite_alpha_is_kept_as_valid_json(folder: Path) -> None:
     path.unlink()
 
 
-def test_places() -> None:
-    assert places([3.0, 9.0, 5.0, 9.0], "rankme") == [4, 1, 3, 1]
-    assert places([0.2, 1.1, 3.0, math.inf], "alpha_req") == [2, 1, 3, 4]  # the nearest to 1
+def test_ranks_of_runs() -> None:
+    assert rank_runs([3.0, 9.0, 5.0, 9.0], "rankme") == [4, 1, 3, 1]
+    assert rank_runs([0.2, 1.1, 3.0, math.inf], "alpha_req") == [2, 1, 3, 4]  # the nearest to 1
 
 
 def test_runs_of_two_methods_or_data_sets_are_refused(tmp_path: Path) -> None:
     configs = {
-        "a": RECIPES["digits-barlow"],
-        "b": RECIPES["digits-diet"],
-        "c": replace(RECIPES["digits-barlow"], data="cifar10", lr=0.1),
-        "d": replace(RECIPES["digits-barlow"], lr=0.1),
+        "a": recipe_config("digits-barlow"),
+        "b": recipe_config("digits-diet"),
+        "c": recipe_config("digits-barlow", data="cifar10", lr=0.1),
+        "d": recipe_config("digits-barlow", lr=0.1),
     }
     for name, config in configs.items():
         (tmp_path / name).mkdir()

@@ -4,12 +4,12 @@ Shapes: N batch, F features, D embedding, V views.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,26 +17,34 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastssl.config import ORACLE_METHODS, Config, method_defaults
-from fastssl.data.datasets import load_images
-from fastssl.methods import METHODS
-from fastssl.objectives import build_objective, tuned_cov_coeff, tuned_lambd
-from fastssl.objectives.base import Objective
-from fastssl.objectives.oracles import LabelOracle, Oracle
+from fastssl.cli.parsing import parse_config
+from fastssl.config import Config, knob_names
+from fastssl.data.datasets import load_array
+from fastssl.objectives import METHODS, build_objective, configured
+from fastssl.objectives.base import Objective, ProjectedObjective, ProjectorKnobs
+from fastssl.objectives.default_weights import default_cov_coeff, default_lambd
+from fastssl.objectives.oracles import LabelOracle, Oracle, OracleKnobs
+from fastssl.objectives.pal import PAL
 from fastssl.objectives.sdiet import BatchHead
 from fastssl.optim import build_optimizer
 from fastssl.train import train
 from fastssl_pipelines import open_pipeline, policies
 
-NAMES = get_args(get_type_hints(Config)["method"])
+NAMES = tuple(METHODS)
+ORACLE_METHODS = [n for n, method in METHODS.items() if issubclass(method.Knobs, OracleKnobs)]
 SAMPLES = 12
-BASE = Config(projector_width=16, projector_layers=1, views=3, batch_size=4)
+BASE = Config(views=3, batch_size=4)
+SMALL = {"projector_width": 16, "projector_layers": 1}
 
 
 def build(method: str, features: int = 3, oracle: Oracle | None = None, **knobs: Any) -> Any:
     """The objective in fp64, in evaluation mode: no dropout of state between two calls."""
     torch.manual_seed(0)
-    config = replace(BASE, method=method, oracle="labels" if oracle else "none", **knobs)  # type: ignore[arg-type]
+    if issubclass(METHODS[method].Knobs, ProjectorKnobs):
+        knobs = SMALL | knobs
+    if oracle:
+        knobs["oracle"] = "labels"
+    config = configured(BASE, method=method, **knobs)
     objective = build_objective(config, features=features, num_samples=SAMPLES, oracle=oracle)
     return objective.double().eval()
 
@@ -230,7 +238,6 @@ def test_emp_ssl_projects_all_patches_in_one_batch() -> None:
     hidden = objective.projector[0](x.reshape(12, 3))
     expected = 0.1 * hidden.mean(0)  # from 0, with momentum 0.1, of all 12 rows at once
     torch.testing.assert_close(objective.projector[1].running_mean, expected.detach())
-    assert objective.hidden(x[0]).shape == (4, 16) and bool((objective.hidden(x[0]) >= 0).all())
 
 
 def test_diet_is_its_formula() -> None:
@@ -290,7 +297,7 @@ def test_a_fused_head_takes_the_steps_of_a_plain_one(optimizer: str) -> None:
     ends = []
     for fused in (False, True):
         torch.manual_seed(0)
-        config = replace(BASE, method="diet", fused_head=fused, optimizer=optimizer, lr=0.1)  # type: ignore[arg-type]
+        config = configured(BASE, method="diet", fused_head=fused, optimizer=optimizer, lr=0.1)  # type: ignore[arg-type]
         objective = build_objective(config, features=3, num_samples=SAMPLES)
         optimizer_ = build_optimizer(config, [nn.Linear(1, 1), objective])
         held = [p for group in optimizer_.param_groups for p in group["params"]]
@@ -309,17 +316,19 @@ def test_a_fused_head_takes_the_steps_of_a_plain_one(optimizer: str) -> None:
 
 def test_tuned_weights_are_those_of_the_published_runs() -> None:
     """arXiv:2312.10725's configs; between them a power law, outside 1 / width."""
-    found = {v: (tuned_lambd(256, v), tuned_lambd(8192, v)) for v in (2, 4, 8)}
+    found = {v: (default_lambd(256, v), default_lambd(8192, v)) for v in (2, 4, 8)}
     assert found == {2: (0.02, 0.0008), 4: (0.01, 0.0004), 8: (0.01, 0.0004)}
-    sweep = [tuned_lambd(2**k, 2) for k in range(6, 14)]
+    sweep = [default_lambd(2**k, 2) for k in range(6, 14)]
     assert sweep == [0.04, 0.04, 0.02, 0.01, 0.002, 0.001, 0.0004, 0.0008]
-    assert tuned_lambd(256, 3) == 0.02 and tuned_lambd(256, 16) == 0.01
-    between = tuned_lambd(1448, 4) / math.sqrt(0.01 * 0.0004)  # 1448 = sqrt(256 * 8192)
+    assert default_lambd(256, 3) == 0.02 and default_lambd(256, 16) == 0.01
+    between = default_lambd(1448, 4) / math.sqrt(0.01 * 0.0004)  # 1448 = sqrt(256 * 8192)
     assert between == pytest.approx(1, rel=1e-3)
-    assert tuned_lambd(16, 2) == pytest.approx(0.16) and tuned_lambd(64, 4) == pytest.approx(0.04)
-    assert [25 / tuned_cov_coeff(d, 25.0) for d in (256, 8192)] == pytest.approx([25, 750])
+    assert default_lambd(16, 2) == pytest.approx(0.16) and default_lambd(64, 4) == pytest.approx(
+        0.04
+    )
+    assert [25 / default_cov_coeff(d, 25.0) for d in (256, 8192)] == pytest.approx([25, 750])
     widths = [64, 300, 1000, 5000, 8192]
-    weights = [tuned_cov_coeff(d, 25.0) for d in widths]
+    weights = [default_cov_coeff(d, 25.0) for d in widths]
     assert weights == sorted(weights, reverse=True) and weights[0] == pytest.approx(4)
 
 
@@ -357,11 +366,12 @@ def test_no_method_can_reach_a_label(
     poison = np.array([object()], dtype=object)  # numpy refuses to unpickle it
     np.savez(tmp_path / "data.npz", x_train=images, x_test=images, y_train=poison, y_test=poison)
     monkeypatch.setattr("fastssl.data.datasets.load_labels", Poisoned())
-    monkeypatch.setattr("fastssl.data.loading.load_labels", Poisoned())
-    config = replace(
-        BASE, method=method, data=str(tmp_path / "data.npz"), views=2, batch_size=8, epochs=1
-    )  # type: ignore[arg-type]
-    loaded = load_images(config.data, "train", size=8, holdout=0.2)
+    monkeypatch.setattr("fastssl.data.splits.load_labels", Poisoned())
+    changes: dict[str, Any] = {"views": 2, "batch_size": 8, "epochs": 1}
+    if issubclass(METHODS[method].Knobs, ProjectorKnobs):
+        changes |= SMALL
+    config = configured(BASE, method=method, data=str(tmp_path / "data.npz"), **changes)
+    loaded = load_array(config.data, "train", holdout=0.2)
     views = policies.digits(2, 8)
     pipeline = open_pipeline("resident", loaded, views=views, batch_size=8, seed=0, device="cpu")
     backbone = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
@@ -382,32 +392,71 @@ def test_no_method_can_reach_a_label(
         ({"projector_width": 8}, "--projector-width is 8: it must lie between 16 and 16384"),
         ({"projector_out": 20000}, "--projector-out is 20000: it must lie between"),
         ({"lambd": -0.1}, "--lambd is -0.1: it must be 0 or more"),
-        ({"cov_coeff": math.nan}, "--cov-coeff is nan: it must be 0 or more"),
-        ({"temperature": 0.0}, "--temperature is 0.0: it must be positive"),
-        ({"eps_sq": -1.0}, "--eps-sq is -1.0: it must be positive"),
+        ({"method": "vicreg", "cov_coeff": math.nan}, "--cov-coeff is nan: it must be 0 or more"),
+        ({"method": "simclr", "temperature": 0.0}, "--temperature is 0.0: it must be positive"),
+        ({"method": "emp_ssl", "eps_sq": -1.0}, "--eps-sq is -1.0: it must be positive"),
         ({"method": "diet", "sample_rate": 0.5}, "only with --fused-head"),
         ({"method": "diet", "sample_rate": 0.0}, r"--sample-rate is 0.0: it must lie in \(0, 1\]"),
-        ({"method": "vicreg", "fused_head": True}, "--fused-head is for --method diet"),
+        ({"method": "vicreg", "fused_head": True}, "vicreg has no knob fused_head"),
         ({"method": "diet", "fused_head": True, "optimizer": "lars"}, "lars cannot be used"),
         ({"nesterov": True, "momentum": 0.0}, "--nesterov needs --momentum above 0"),
         ({"lars_eta": 0.0}, "--lars-eta is 0.0: it must be positive"),
         ({"momentum": 1.0}, r"--momentum is 1.0: it must lie in \[0, 1\)"),
         ({"train_images": -1}, "--train-images is -1"),
-        ({"method": "diet", "oracle": "labels"}, "diet has no form with a similarity graph"),
+        ({"method": "diet", "oracle": "labels"}, "diet has no knob oracle"),
+        ({"method": "simsiam"}, "unknown --method 'simsiam'; there are barlow, diet"),
         ({"oracle": "labels", "oracle_share": 0.0}, "--oracle-share is 0.0"),
         ({"oracle": "queries", "oracle_queries": 0}, "--oracle-queries is 0"),
     ],
 )
 def test_knobs_out_of_range_are_named(knobs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Config(**knobs)
+        configured(Config(), **knobs)
 
 
-def test_the_table_of_methods_is_complete() -> None:
-    assert set(METHODS) == {*NAMES, "pal"}
-    fields = Config.__dataclass_fields__
+def test_knobs_of_another_method_are_refused() -> None:
+    config = Config(method="vicreg", objective=METHODS["barlow"].Knobs())
+    with pytest.raises(ValueError, match="the knobs are BarlowTwinsKnobs, --method vicreg has"):
+        build_objective(config, features=4, num_samples=9)
+
+
+def test_a_method_is_its_class_and_its_knobs() -> None:
+    """What the commands print and derive flags from; Config knows no knob of a method."""
+    common = knob_names(Config)
     for name, method in METHODS.items():
-        assert method.name == name and "\n" not in method.formula
-        assert set(method.knobs) <= set(fields) and set(method_defaults(name)) == set(method.knobs)
-        assert "arXiv:" in method.paper or "TMLR" in method.paper
-        assert bool(method.flags) == (name not in NAMES)
+        assert "arXiv:" in method.paper or "TMLR" in method.paper, name
+        assert method.formula and "\n" not in method.formula
+        knobs = knob_names(method.Knobs)
+        assert knobs and not knobs & common and set(method.anti_collapse) <= knobs
+    assert PAL.paper and PAL.formula
+
+
+def test_a_new_method_is_a_class_and_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A method that the repository does not have trains, is configured and listed by name."""
+
+    @dataclass(frozen=True)
+    class OwnKnobs(ProjectorKnobs):
+        """Of the test's method."""
+
+        pull: float = 2.0
+        """Weight of the distance."""
+
+    class Own(ProjectedObjective):
+        paper, formula, Knobs = "none, arXiv:0000.00000", "pull |z_a - z_b|^2", OwnKnobs
+
+        def __init__(self, features: int, knobs: OwnKnobs):
+            super().__init__(features, knobs)
+            self.pull = knobs.pull
+
+        def loss(self, embeddings: Sequence[Tensor]) -> Tensor:
+            return self.pull * (embeddings[0] - embeddings[1]).square().mean()
+
+    monkeypatch.setitem(METHODS, "own", Own)
+    config = configured(Config(), method="own", pull=3.0, projector_width=16)
+    objective = build_objective(config, features=4, num_samples=9)
+    x = torch.randn(2, 5, 4)
+    loss = objective(list(x), torch.arange(5))["loss"]
+    a, b = (objective.projector(view) for view in x)  # type: ignore[operator]
+    torch.testing.assert_close(loss, 3 * (a - b).square().mean())
+    parsed = parse_config("digits-barlow", ["--method", "own", "--pull", "0.5"])
+    assert parsed.objective == OwnKnobs(projector_width=256, projector_layers=2, pull=0.5)

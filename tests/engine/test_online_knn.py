@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,14 @@ import torch
 from torch import Tensor
 
 from fastssl.evaluation.online_knn import read_probes
+from fastssl.objectives import configured
 from fastssl.pretrain import pretrain
-from fastssl.recipes import RECIPES
+from fastssl.recipes import recipe_config
 from fastssl.runtime.metrics_log import read_metrics
 from fastssl.step import Step
 
-SHORT = replace(
-    RECIPES["digits-barlow"], epochs=4, warmup_epochs=1.0, backbone="fastnet-8", label_draws=2
+SHORT = recipe_config(
+    "digits-barlow", epochs=4, warmup_epochs=1.0, backbone="fastnet-8", label_draws=2
 )
 
 
@@ -31,7 +31,7 @@ def test_asking_changes_nothing_but_the_end(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     pretrain(SHORT, tmp_path / "plain", silent)
-    probed = pretrain(replace(SHORT, probe_epochs=1), tmp_path / "probed", silent)
+    probed = pretrain(configured(SHORT, probe_epochs=1), tmp_path / "probed", silent)
     a, b = (load_file(tmp_path / name / "backbone.safetensors") for name in ("plain", "probed"))
     assert all(torch.equal(a[name], b[name]) for name in a)
     answers = read_probes(tmp_path / "probed/probes.jsonl")
@@ -39,7 +39,7 @@ def test_asking_changes_nothing_but_the_end(tmp_path: Path) -> None:
     assert answers[-1]["knn"] == probed["accuracy"]["pretrained"]["knn_all"]["mean"]
     target = answers[1]["knn"]
     assert answers[0]["knn"] < target  # else the next lines could not fail
-    config = replace(SHORT, probe_epochs=1, target_accuracy=target)
+    config = configured(SHORT, probe_epochs=1, target_accuracy=target)
     reached = pretrain(config, tmp_path / "target", silent)
     assert reached["steps"] == 22
     assert reached["accuracy"]["pretrained"]["knn_all"]["mean"] == target
@@ -48,14 +48,14 @@ def test_asking_changes_nothing_but_the_end(tmp_path: Path) -> None:
 def test_a_probe_without_labels_is_refused(tmp_path: Path) -> None:
     images = np.zeros((64, 8, 8, 3), dtype=np.uint8)
     np.savez(tmp_path / "plain.npz", x_train=images, x_test=images)
-    config = replace(SHORT, data=str(tmp_path / "plain.npz"), batch_size=32, probe_epochs=1)
+    config = configured(SHORT, data=str(tmp_path / "plain.npz"), batch_size=32, probe_epochs=1)
     with pytest.raises(ValueError, match="--probe-epochs needs labels"):
         pretrain(config, tmp_path / "run", silent)
 
 
 def test_a_time_budget_is_kept(tmp_path: Path) -> None:
     begin = time.perf_counter()
-    summary = pretrain(replace(SHORT, time_budget_s=2.0), tmp_path / "run", silent)
+    summary = pretrain(configured(SHORT, time_budget_s=2.0), tmp_path / "run", silent)
     assert 2.0 <= summary["train_s"] < 3.0 and time.perf_counter() - begin < 30
     rates = [m["lr"] for m in read_metrics(tmp_path / "run/metrics.jsonl")]
     left = min(1.0, 3 / summary["steps"])  # of the budget: the last step began that near its end
@@ -71,6 +71,6 @@ def test_ramps_train_few_small_views_first(tmp_path: Path, monkeypatch: pytest.M
         return step(self, views, index, lr)
 
     monkeypatch.setattr(Step, "__call__", watched)
-    ramped = replace(SHORT, ramp_epochs=2, start_size=8, views=4, start_views=2)
+    ramped = configured(SHORT, ramp_epochs=2, start_size=8, views=4, start_views=2)
     pretrain(ramped, tmp_path / "run", silent)
     assert seen == [(2, 8)] * 11 + [(3, 12)] * 11 + [(4, 16)] * 22

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +9,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastssl.config import Config
-from fastssl.optim import build_optimizer, learning_rate, parameter_groups
+from fastssl.objectives import configured
+from fastssl.optim import build_optimizer, parameter_groups
+from fastssl.schedule import learning_rate
 
 CONFIG = Config(lr=0.1, weight_decay=0.01, momentum=0.9)
 
@@ -63,7 +64,7 @@ def test_lars_is_the_published_update(decay: float) -> None:
     """arXiv:1708.03888, algorithm 1: local lr = eta |w| / (|g| + decay |w|) for weights; biases
     take plain momentum SGD, undecayed."""
     layer, weight, bias = layer_and_copies()
-    optimizer = build_optimizer(replace(CONFIG, optimizer="lars", weight_decay=decay), [layer])
+    optimizer = build_optimizer(configured(CONFIG, optimizer="lars", weight_decay=decay), [layer])
     weight_buffer, bias_buffer = torch.zeros_like(weight), torch.zeros_like(bias)
     for gradient, bias_gradient in steps(optimizer, layer):
         local = 1e-3 * weight.norm() / (gradient.norm() + decay * weight.norm())
@@ -78,7 +79,7 @@ def test_lars_is_the_one_of_barlow_twins_and_vicreg() -> None:
     """Their codes divide by |g + decay w|. With their decay of 1e-6 that is the same to 1e-6;
     biases have a rate of their own, 0.0048 to 0.2."""
     layer, weight, bias = layer_and_copies()
-    config = replace(CONFIG, optimizer="lars", weight_decay=1e-6, bias_lr=0.024, lr=0.2)
+    config = configured(CONFIG, optimizer="lars", weight_decay=1e-6, bias_lr=0.024, lr=0.2)
     optimizer = build_optimizer(config, [layer])
     buffers = [torch.zeros_like(weight), torch.zeros_like(bias)]
     for group in optimizer.param_groups:  # as the training loop does
@@ -97,8 +98,8 @@ def test_lars_is_the_one_of_emp_ssl(lr: float) -> None:
     """eta 0.005, clipped at the rate (which matters at the lower one), around Nesterov SGD with
     decay 1e-4; biases and norms excluded from both."""
     layer, weight, bias = layer_and_copies()
-    config = replace(CONFIG, optimizer="lars", lr=lr, weight_decay=1e-4, nesterov=True)
-    optimizer = build_optimizer(replace(config, lars_eta=0.005, lars_clip=True), [layer])
+    config = configured(CONFIG, optimizer="lars", lr=lr, weight_decay=1e-4, nesterov=True)
+    optimizer = build_optimizer(configured(config, lars_eta=0.005, lars_clip=True), [layer])
     buffers = [torch.zeros_like(weight), torch.zeros_like(bias)]
     ratios = []
     for gradient, bias_gradient in steps(optimizer, layer):
@@ -116,7 +117,7 @@ def test_lars_is_the_one_of_emp_ssl(lr: float) -> None:
 def test_lars_without_a_gradient_or_a_weight_takes_plain_steps() -> None:
     layer = nn.Linear(5, 3)
     nn.init.zeros_(layer.weight)
-    optimizer = build_optimizer(replace(CONFIG, optimizer="lars", momentum=0.0), [layer])
+    optimizer = build_optimizer(configured(CONFIG, optimizer="lars", momentum=0.0), [layer])
     gradient, _ = next(steps(optimizer, layer))
     optimizer.step()
     torch.testing.assert_close(layer.weight.detach(), -0.1 * gradient)
@@ -126,7 +127,7 @@ def test_lars_without_a_gradient_or_a_weight_takes_plain_steps() -> None:
 def test_every_optimizer_descends(name: str) -> None:
     torch.manual_seed(0)
     layer = nn.Linear(4, 1)
-    optimizer = build_optimizer(replace(CONFIG, optimizer=name), [layer])  # type: ignore[arg-type]
+    optimizer = build_optimizer(configured(CONFIG, optimizer=name), [layer])  # type: ignore[arg-type]
     x, y = torch.randn(64, 4), torch.randn(64, 1)
     losses = []
     for _ in range(30):

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from fastssl.config import Config
-from fastssl.objectives.oracles import LabelOracle, Oracle, PairOracle, QueryOracle, build_oracle
+from fastssl.objectives import configured
+from fastssl.objectives.oracles import LabelOracle, Oracle, QueryOracle, build_oracle
 
 
 class Guarded:
@@ -166,35 +167,12 @@ def test_its_state_restores_what_it_knows_and_its_log_is_json() -> None:
     assert torch.equal(other.block(torch.arange(300)), oracle.block(torch.arange(300)))
 
 
-def test_pairs_given_outright() -> None:
-    pairs = torch.tensor([[4, 1], [1, 2], [2, 1]])
-    oracle = PairOracle(6, pairs, torch.tensor([0.5, 2.0, 2.0]))
-    dense = torch.eye(6)
-    dense[1, 4] = dense[4, 1] = 0.5
-    dense[1, 2] = dense[2, 1] = 2.0
-    for index in (torch.arange(6), torch.tensor([4, 2, 1, 5])):
-        torch.testing.assert_close(oracle.block(index), dense[index][:, index])
-    empty = PairOracle(4, torch.empty(0, 2, dtype=torch.int64))
-    torch.testing.assert_close(empty.block(torch.arange(4)), torch.eye(4))
-    assert oracle.log() == {"oracle": "PairOracle", "pairs": 2}
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: LabelOracle([0, 1], share=0.0), r"share is 0.0; it must lie in \(0, 1\]"),
         (lambda: QueryOracle(4, lambda i, j: True, 0), "got 0 queries, 8 per batch"),
         (lambda: open_oracle(4).tell(0, 4, True), r"the pair \(0, 4\) lies outside the 4 images"),
-        (lambda: PairOracle(4, torch.zeros(2, 3)), r"pairs are \(2, 3\) torch.float32"),
-        (lambda: PairOracle(4, torch.tensor([[0, 4]])), "a pair lies outside the 4 images"),
-        (
-            lambda: PairOracle(4, torch.tensor([[0, 1]]), torch.tensor([-1.0])),
-            "none negative",
-        ),
-        (
-            lambda: PairOracle(4, torch.tensor([[0, 1], [1, 0]]), torch.tensor([1.0, 0.0])),
-            "the oracle contradicts itself: pair .* has two weights",
-        ),
     ],
 )
 def test_bad_input_is_named(make: Any, message: str) -> None:
@@ -204,9 +182,10 @@ def test_bad_input_is_named(make: Any, message: str) -> None:
 
 def test_config_names_the_oracle() -> None:
     labels = [i % 3 for i in range(64)]
-    config = Config(method="simclr", oracle="labels", oracle_share=0.25, batch_size=16, epochs=4)
+    small = Config(batch_size=16, epochs=4)
+    config = configured(small, method="simclr", oracle="labels", oracle_share=0.25)
     assert len(build_oracle(config, labels).log()["images"]) == 16
-    queries = Config(method="vicreg", oracle="queries", oracle_queries=41, batch_size=16, epochs=4)
+    queries = configured(small, method="vicreg", oracle="queries", oracle_queries=41)
     oracle = build_oracle(queries, labels)
     assert isinstance(oracle, QueryOracle)
     assert oracle.per_batch == 6  # 16 batches, spent in the first half
@@ -214,4 +193,4 @@ def test_config_names_the_oracle() -> None:
     with pytest.raises(ValueError, match="--oracle labels needs labels to answer from"):
         build_oracle(config, None)
     with pytest.raises(ValueError, match="there is no oracle to build"):
-        build_oracle(Config(), labels)
+        build_oracle(configured(small), labels)

@@ -10,19 +10,18 @@ from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
 
+from fastssl.evaluation.features import extract_features, raw_pixels
 from fastssl.evaluation.probes import (
     PROBES,
-    Descent,
     Probe,
-    descent_probe,
-    draw_labels,
+    SGDSettings,
     evaluate_features,
-    extract_features,
     knn_accuracy,
     linear_probe,
     linear_probe_accuracy,
-    raw_pixels,
     ridge_probe,
+    sample_labels,
+    sgd_probe,
 )
 
 Split = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -70,10 +69,10 @@ def test_linear_probe_is_scikit_learns(digits: Split) -> None:
 
 def test_draws_are_balanced_repeatable_and_different() -> None:
     labels = torch.tensor([0] * 50 + [1] * 50 + [2] * 3)
-    chosen = draw_labels(labels, 5, draw=0)
+    chosen = sample_labels(labels, 5, seed=0)
     assert labels[chosen].bincount().tolist() == [5, 5, 3]
-    assert torch.equal(chosen, draw_labels(labels, 5, draw=0))
-    assert not torch.equal(chosen, draw_labels(labels, 5, draw=1))
+    assert torch.equal(chosen, sample_labels(labels, 5, seed=0))
+    assert not torch.equal(chosen, sample_labels(labels, 5, seed=1))
 
 
 def test_table_of_digits(digits: Split) -> None:
@@ -81,12 +80,12 @@ def test_table_of_digits(digits: Split) -> None:
     assert list(table) == [f"{p}_{n}" for n in ("all", 10, 5, 1) for p in ("linear", "knn")]
     assert table["linear_all"].std == 0.0 and table["linear_1"].std > 0
     assert table["knn_all"].mean > table["knn_10"].mean > table["knn_1"].mean > 0.4
-    chosen = draw_labels(digits[1], 10, 0)
+    chosen = sample_labels(digits[1], 10, 0)
     assert table["knn_10"].mean == pytest.approx(
         np.mean(
             [
                 knn_accuracy(digits[0][i], digits[1][i], *digits[2:])
-                for i in (draw_labels(digits[1], 10, d) for d in range(3))
+                for i in (sample_labels(digits[1], 10, d) for d in range(3))
             ]
         )
     )
@@ -151,10 +150,10 @@ def test_ridge_probe_is_scikit_learns(digits: Split, rows: int, alpha: float) ->
     np.testing.assert_array_equal(scores.argmax(1).numpy(), oracle.predict(test.double().numpy()))
 
 
-def test_descent_ends_at_the_minimum(digits: Split) -> None:
+def test_settings_ends_at_the_minimum(digits: Split) -> None:
     """Where the gradient of cross-entropy plus decay is a thousandth of what it began with."""
     x, y = digits[0][:200].double(), digits[1][:200]
-    descent = Descent(lr=0.5, epochs=400, batch_size=200, weight_decay=0.01, cosine=True)
+    settings = SGDSettings(lr=0.5, epochs=400, batch_size=200, weight_decay=0.01, cosine=True)
 
     def gradient(weight: Tensor, bias: Tensor) -> Tensor:
         weight, bias = weight.clone().requires_grad_(), bias.clone().requires_grad_()
@@ -164,14 +163,14 @@ def test_descent_ends_at_the_minimum(digits: Split) -> None:
         return torch.cat([weight.grad.flatten(), bias.grad]).norm()
 
     start = gradient(x.new_zeros(10, 64), x.new_zeros(10))
-    assert gradient(*descent_probe(x, y, descent=descent)) < 1e-3 * start
+    assert gradient(*sgd_probe(x, y, settings=settings)) < 1e-3 * start
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_descent_takes_the_papers_steps(digits: Split, optimizer: str) -> None:
+def test_settings_takes_the_papers_steps(digits: Split, optimizer: str) -> None:
     """Two epochs in batches of 60 of 100, against a linear layer trained in plain PyTorch."""
     x, y = digits[0][:100], digits[1][:100]
-    descent = Descent(
+    settings = SGDSettings(
         optimizer=optimizer,  # type: ignore[arg-type]
         lr=0.03,
         epochs=2,
@@ -179,7 +178,7 @@ def test_descent_takes_the_papers_steps(digits: Split, optimizer: str) -> None:
         weight_decay=5e-3,
         label_smoothing=0.1,
     )
-    weight, bias = descent_probe(x, y, descent=descent, seed=3)
+    weight, bias = sgd_probe(x, y, settings=settings, seed=3)
     layer = nn.Linear(64, 10)
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -201,13 +200,13 @@ def test_descent_takes_the_papers_steps(digits: Split, optimizer: str) -> None:
 
 def test_a_share_of_the_labels_is_a_share_of_each_class() -> None:
     labels = torch.tensor([0] * 500 + [1] * 100 + [2] * 3)
-    assert labels[draw_labels(labels, "10%", draw=0)].bincount().tolist() == [50, 10, 1]
-    assert labels[draw_labels(labels, "1%", draw=1)].bincount().tolist() == [5, 1, 1]
-    assert torch.equal(draw_labels(labels, "1%", 1), draw_labels(labels, "1%", 1))
+    assert labels[sample_labels(labels, "10%", seed=0)].bincount().tolist() == [50, 10, 1]
+    assert labels[sample_labels(labels, "1%", seed=1)].bincount().tolist() == [5, 1, 1]
+    assert torch.equal(sample_labels(labels, "1%", 1), sample_labels(labels, "1%", 1))
 
 
 def test_every_probe_shares_the_features(digits: Split) -> None:
-    quick = Probe(partial(descent_probe, descent=Descent(lr=0.1, epochs=5, batch_size=50)))
+    quick = Probe(partial(sgd_probe, settings=SGDSettings(lr=0.1, epochs=5, batch_size=50)))
     probes = {"linear": PROBES["lbfgs"], "ridge": PROBES["ridge"], "sgd": quick}
     table = evaluate_features(*digits, draws=2, probes=probes, labels=(None, "10%", 1))
     assert list(table) == [f"{p}_{c}" for c in ("all", "10%", 1) for p in (*probes, "knn")]

@@ -1,7 +1,6 @@
 """The papers' protocols on finished runs: what they average, against the network and the views by
 hand; a run's frozen networks, against the objective that trained."""
 
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -9,22 +8,23 @@ import numpy as np
 import pytest
 import torch
 
-from fastssl.data.loading import build_views, training_images
+from fastssl.data.loading import build_views
+from fastssl.data.splits import ArraySplit, open_split
 from fastssl.evaluation import trained_run
 from fastssl.evaluation.probes import PROBES
 from fastssl.evaluation.protocols import PROTOCOLS, evaluate_protocol
 from fastssl.evaluation.protocols import _average as average
 from fastssl.evaluation.protocols import _network as network_of
-from fastssl.evaluation.trained_run import EPOCH, Frozen, load_frozen
-from fastssl.objectives import build_objective
+from fastssl.evaluation.trained_run import EPOCH, TrainedRun, load_trained_run
+from fastssl.objectives import build_objective, configured
 from fastssl.pretrain import pretrain
-from fastssl.recipes import RECIPES
+from fastssl.recipes import recipe_config
 from fastssl.runtime.checkpoint import load_checkpoint
 from fastssl_pipelines.engines.base import EngineSettings
 from fastssl_pipelines.engines.resident import ResidentPipeline
 
-QUICK = replace(
-    RECIPES["digits-barlow"],
+QUICK = recipe_config(
+    "digits-barlow",
     epochs=1,
     warmup_epochs=0.0,
     backbone="fastnet-8",
@@ -41,11 +41,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(folder: Path) -> Frozen:
-    return load_frozen(folder, pytest.fail)
+def run(folder: Path) -> TrainedRun:
+    return load_trained_run(folder, pytest.fail)
 
 
-def test_the_projector_is_the_one_that_was_trained(folder: Path, run: Frozen) -> None:
+def test_the_projector_is_the_one_that_was_trained(folder: Path, run: TrainedRun) -> None:
     saved = load_checkpoint(folder / "checkpoint", torch.device("cpu"), pytest.fail)
     assert saved is not None and run.projector is not None
     objective = build_objective(run.config, features=32, num_samples=1438).eval()
@@ -59,10 +59,13 @@ def test_the_projector_is_the_one_that_was_trained(folder: Path, run: Frozen) ->
 
 @pytest.mark.parametrize(("name", "views"), [("multiview", 4), ("patches", 3)])
 def test_the_average_is_the_mean_over_views(
-    name: str, views: int, run: Frozen, monkeypatch: pytest.MonkeyPatch
+    name: str, views: int, run: TrainedRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against each image rendered alone, and whatever goes through the network at once."""
-    images, protocol = training_images(run.config)[:5], PROTOCOLS[name]
+    whole = open_split(run.config, "train")
+    assert isinstance(whole, ArraySplit)
+    images, protocol = whole.pixels[:5], PROTOCOLS[name]
+    split = ArraySplit(run.config, "train", images)
     augmented = views - 1 if protocol.centre else views
     views_of_image = build_views(run.config)[:1] * augmented
     settings = EngineSettings(
@@ -75,7 +78,7 @@ def test_the_average_is_the_mean_over_views(
         for i in range(5):
             rows = [run.backbone(v) for v in pipeline.batch(torch.tensor([i]), EPOCH).views]
             if protocol.centre:
-                rows.append(run.centre_features(images[i : i + 1]))
+                rows.append(run.centre_features(split, torch.tensor([i])))
             if protocol.projector_layer:
                 linear, norm, relu, _ = run.projector
                 rows = [relu(norm(linear(row))) for row in rows]
@@ -84,7 +87,8 @@ def test_the_average_is_the_mean_over_views(
     for at_once in (2 * augmented, 512):
         monkeypatch.setattr(trained_run, "VIEWS_AT_ONCE", at_once)
         with torch.no_grad():
-            got = average(run, images, network, views, protocol.centre)
+            numbers, got = average(run, split, network, views, protocol.centre)
+        assert numbers.tolist() == list(range(5))
         torch.testing.assert_close(got, torch.cat(expected), atol=1e-5, rtol=1e-4)
 
 
@@ -96,7 +100,7 @@ def test_the_settings_are_the_papers() -> None:
         assert not protocol.probe.standardised
     fits = multiview.probe.fit, patches.probe.fit
     assert isinstance(fits[0], partial) and isinstance(fits[1], partial)
-    adam, sgd = fits[0].keywords["descent"], fits[1].keywords["descent"]
+    adam, sgd = fits[0].keywords["settings"], fits[1].keywords["settings"]
     assert (adam.optimizer, adam.lr, adam.epochs, adam.batch_size) == ("adam", 1e-3, 200, 512)
     assert adam.label_smoothing == 0.1
     assert (sgd.optimizer, sgd.lr, sgd.epochs, sgd.batch_size) == ("sgd", 0.03, 100, 100)
@@ -117,7 +121,7 @@ def test_a_table_by_several_probes(folder: Path) -> None:
 def test_data_without_labels_is_one_clear_line(tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (60, 8, 8, 3), dtype=np.uint8)
     np.savez(tmp_path / "data.npz", x_train=images)
-    config = replace(QUICK, data=str(tmp_path / "data.npz"), batch_size=20)
+    config = configured(QUICK, data=str(tmp_path / "data.npz"), batch_size=20)
     pretrain(config, tmp_path / "run", lambda line: None)
     for name in ("neutral", "multiview"):
         with pytest.raises(ValueError, match=r"has no labels, so no probe can be trained; `fast"):

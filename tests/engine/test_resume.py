@@ -26,12 +26,12 @@ SMALL = ("--epochs", "12", "--backbone", "fastnet-8", "--label-draws", "1")
 def test_signals_are_obeyed_at_once_or_held_back() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with stop_signals() as stop:
-        with stop.held():
+        with stop.deferred():
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.01)
             assert stop.received == signal.SIGTERM
             with pytest.raises(Interrupted, match="stopped by SIGTERM") as interrupted:
-                stop.obey(stop.received or 0)
+                stop.raise_if(stop.received or 0)
             assert interrupted.value.exit_code == 143
         with pytest.raises(Interrupted):
             os.kill(os.getpid(), signal.SIGUSR1)
@@ -167,7 +167,7 @@ def signalled(
 
 PHASES: dict[str, tuple[Callable[[], Any], str, int, int, str | None]] = {
     # phase: where, what, which call of it, the signal, what the same command says then
-    "loading": (lambda: fastssl.data.loading, "load_split", 1, signal.SIGTERM, None),
+    "loading": (lambda: fastssl.data.loading, "open_split", 1, signal.SIGTERM, None),
     "compiling": (lambda: fastssl.step.Model, "forward", 1, signal.SIGINT, "resumed at step 1 of"),
     "updating": (lambda: fastssl.step.Step, "_update", 5, signal.SIGUSR1, "resumed at step 5 of"),
     "saving": (
@@ -185,7 +185,7 @@ PHASES: dict[str, tuple[Callable[[], Any], str, int, int, str | None]] = {
         "resumed at step 11 of",
     ),
     "evaluating": (
-        lambda: fastssl.pretrain,
+        lambda: fastssl.evaluation.protocols,
         "evaluate_features",
         2,
         signal.SIGTERM,

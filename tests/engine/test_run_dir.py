@@ -1,26 +1,39 @@
 """Run folders and checkpoints: nothing is overwritten, nothing is half written, nothing hostile is
 run."""
 
-from dataclasses import replace
+import json
 from pathlib import Path
 
 import pytest
 
-from fastssl.config import Config, config_from_json, config_to_json, read_config
-from fastssl.recipes import RECIPES
+from fastssl.objectives import configured
+from fastssl.recipes import RECIPES, recipe_config
 from fastssl.runtime import run_dir
+from fastssl.runtime.run_dir import config_from_json, config_to_json, read_config
 
-CONFIG = replace(RECIPES["digits-diet"], lr=0.003)
+CONFIG = recipe_config("digits-diet", lr=0.003)
 
 
-@pytest.mark.parametrize("config", RECIPES.values(), ids=RECIPES)
-def test_config_survives_json(config: Config) -> None:
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_config_survives_json(recipe: str) -> None:
+    config = recipe_config(recipe)
     assert config_from_json(config_to_json(config)) == config
 
 
 def test_a_config_of_another_version_is_refused() -> None:
     with pytest.raises(ValueError, match="does not know: colour"):
         config_from_json('{"colour": 1, "lr": 2.0}')
+
+
+def test_configs_that_held_the_knobs_of_every_method_are_read() -> None:
+    """A config.json of version 0.1 names the knobs of all methods, whatever the run's own."""
+    old = json.loads(config_to_json(recipe_config("digits-barlow", projector_width=64)))
+    old |= {"label_smoothing": 0.8, "fused_head": False, "temperature": 0.15, "eps_sq": 0.2}
+    config = config_from_json(json.dumps(old))
+    assert config == recipe_config("digits-barlow", projector_width=64)
+    assert not run_dir.differences(config, recipe_config("digits-barlow", projector_width=64))
+    other = recipe_config("digits-barlow", projector_width=32)
+    assert run_dir.differences(config, other) == "--projector-width 64 there, 32 here"
 
 
 @pytest.mark.parametrize(
@@ -36,7 +49,7 @@ def test_a_config_of_another_version_is_refused() -> None:
 )
 def test_knobs_out_of_range(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        replace(CONFIG, **change)  # type: ignore[arg-type]
+        configured(CONFIG, **change)  # type: ignore[arg-type]
 
 
 def test_states_of_a_folder(tmp_path: Path) -> None:
@@ -44,12 +57,12 @@ def test_states_of_a_folder(tmp_path: Path) -> None:
     assert not run_dir.is_resumed(folder, CONFIG)
     assert not folder.exists(), "asking writes nothing"
     run_dir.create(folder, CONFIG)
-    assert read_config(folder) == replace(CONFIG, run=str(folder))
+    assert read_config(folder) == configured(CONFIG, run=str(folder))
     assert run_dir.is_resumed(folder, CONFIG)
     with pytest.raises(
         ValueError, match=r"holds another run \(--lr 0.003 there, 0.5 here\); pass another --run"
     ):
-        run_dir.is_resumed(folder, replace(CONFIG, lr=0.5))
+        run_dir.is_resumed(folder, configured(CONFIG, lr=0.5))
     run_dir.write_text(folder / "summary.json", "{}")
     with pytest.raises(ValueError, match="finished"):
         run_dir.is_resumed(folder, CONFIG)
@@ -66,15 +79,17 @@ def test_default_folders_are_numbered(tmp_path: Path) -> None:
     assert run_dir.next_free(tmp_path, "digits", CONFIG) == tmp_path / "digits", (
         "unfinished: to be resumed"
     )
-    assert run_dir.next_free(tmp_path, "digits", replace(CONFIG, seed=1)) == tmp_path / "digits-2"
+    assert (
+        run_dir.next_free(tmp_path, "digits", configured(CONFIG, seed=1)) == tmp_path / "digits-2"
+    )
     run_dir.write_text(tmp_path / "digits" / "summary.json", "{}")
     assert run_dir.next_free(tmp_path, "digits", CONFIG) == tmp_path / "digits-2"
 
 
-def test_one_folder_is_held_by_one_process(tmp_path: Path) -> None:
-    with run_dir.held(tmp_path):
+def test_one_folder_is_locked_by_one_process(tmp_path: Path) -> None:
+    with run_dir.locked(tmp_path):
         with pytest.raises(ValueError, match=r"another process is training in .*; pass another"):
-            with run_dir.held(tmp_path):
-                pytest.fail("held twice")
-    with run_dir.held(tmp_path):
+            with run_dir.locked(tmp_path):
+                pytest.fail("locked twice")
+    with run_dir.locked(tmp_path):
         pass

@@ -1,45 +1,46 @@
 """How far a run has come: steps, seconds under a budget, ramps."""
 
-from dataclasses import replace
-
 import pytest
 
 from fastssl.config import Config
-from fastssl.schedule import Progress, Schedule, ramp
+from fastssl.objectives import configured
+from fastssl.schedule import Schedule, TrainState, ramp
 
 CONFIG = Config(lr=2.0, final_lr=0.1, epochs=10, warmup_epochs=2)
 
 
 def test_steps_decide_without_a_budget() -> None:
     schedule = Schedule(CONFIG, batches=5)
-    assert schedule.total == schedule.steps(Progress(7, 3.0)) == 50
-    assert schedule.lr(Progress(9)) == schedule.lr(Progress(10)) == 2.0
-    assert schedule.lr(Progress(49)) == pytest.approx(0.2)
-    assert not schedule.is_over(Progress(49, 1e9)) and schedule.is_over(Progress(50))
+    assert schedule.total == schedule.steps(TrainState(7, 3.0)) == 50
+    assert schedule.lr(TrainState(9)) == schedule.lr(TrainState(10)) == 2.0
+    assert schedule.lr(TrainState(49)) == pytest.approx(0.2)
+    assert not schedule.is_over(TrainState(49, 1e9)) and schedule.is_over(TrainState(50))
 
 
 def test_a_time_budget_ends_the_same_curve_at_its_end() -> None:
     by_steps = Schedule(CONFIG, batches=500)
-    by_time = Schedule(replace(CONFIG, time_budget_s=100.0), batches=5)
+    by_time = Schedule(configured(CONFIG, time_budget_s=100.0), batches=5)
     for seconds in (10, 30, 50, 80, 99):
-        at_step = by_steps.lr(Progress(50 * seconds))
-        assert by_time.lr(Progress(3, seconds)) == pytest.approx(at_step, rel=2e-3)
-    assert by_time.lr(Progress(3, 10.0)) == pytest.approx(1.0, rel=1e-3)
-    assert by_time.lr(Progress(3, 200.0)) == pytest.approx(0.2)
-    assert not by_time.is_over(Progress(1000, 99.0)) and by_time.is_over(Progress(1, 100.0))
-    assert by_time.steps(Progress(20, 25.0)) == 80
+        at_step = by_steps.lr(TrainState(50 * seconds))
+        assert by_time.lr(TrainState(3, seconds)) == pytest.approx(at_step, rel=2e-3)
+    assert by_time.lr(TrainState(3, 10.0)) == pytest.approx(1.0, rel=1e-3)
+    assert by_time.lr(TrainState(3, 200.0)) == pytest.approx(0.2)
+    assert not by_time.is_over(TrainState(1000, 99.0)) and by_time.is_over(TrainState(1, 100.0))
+    assert by_time.steps(TrainState(20, 25.0)) == 80
 
 
 def test_the_target_accuracy_ends_a_run() -> None:
-    schedule = Schedule(replace(CONFIG, target_accuracy=0.8, probe_epochs=1), batches=5)
-    assert not schedule.is_over(Progress(5, knn=0.79)) and schedule.is_over(Progress(5, knn=0.8))
+    schedule = Schedule(configured(CONFIG, target_accuracy=0.8, probe_epochs=1), batches=5)
+    assert not schedule.is_over(TrainState(5, knn=0.79)) and schedule.is_over(
+        TrainState(5, knn=0.8)
+    )
 
 
 def test_ramps_reach_the_full_views() -> None:
-    config = replace(CONFIG, views=8, image_size=32, ramp_epochs=4, start_views=2, start_size=16)
+    config = configured(CONFIG, views=8, image_size=32, ramp_epochs=4, start_views=2, start_size=16)
     found = [(c.views, c.image_size) for c in (ramp(config, epoch) for epoch in range(6))]
     assert found == [(2, 16), (3, 20), (5, 24), (6, 28), (8, 32), (8, 32)]
-    only_size = replace(config, start_views=0)
+    only_size = configured(config, start_views=0)
     assert [ramp(only_size, e).views for e in range(3)] == [8, 8, 8]
 
 
@@ -59,4 +60,4 @@ def test_ramps_reach_the_full_views() -> None:
 )
 def test_knobs_out_of_range(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        replace(CONFIG, **change)  # type: ignore[arg-type]
+        configured(CONFIG, **change)  # type: ignore[arg-type]

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastssl.evaluation.collapse import SpectrumQueue
 from fastssl.evaluation.spectrum import (
-    SpectrumQueue,
     SpectrumWarning,
     alpha_req,
     effective_rank,

@@ -2,7 +2,6 @@
 compile is survived."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import pytest
 import torch
@@ -10,13 +9,22 @@ from torch import Tensor, nn
 
 from fastssl.backbones import build_backbone
 from fastssl.config import Config
-from fastssl.distributed import ALONE
-from fastssl.objectives import BarlowTwins, Objective, VICReg
+from fastssl.distributed import SINGLE_PROCESS
+from fastssl.objectives import build_objective, configured
+from fastssl.objectives.barlow_twins import BarlowTwins, BarlowTwinsKnobs
+from fastssl.objectives.base import Objective
 from fastssl.optim import build_optimizer
-from fastssl.runtime.nan_guard import HOPELESS, FiniteGuard, NonFiniteLossError
+from fastssl.runtime.nan_guard import MAX_CONSECUTIVE_SKIPS, NonFiniteGuard, NonFiniteLossError
 from fastssl.step import Model, Step, view_features
 
 CONFIG = Config(lr=0.01, optimizer="sgd", warmup_epochs=0)
+
+
+def small(method: str, features: int, width: int) -> Objective:
+    """The method with a projector of two layers."""
+    knobs = {"projector_width": width, "projector_layers": 2}
+    config = configured(Config(), method=method, **knobs)
+    return build_objective(config, features=features, num_samples=64)
 
 
 def test_views_of_one_size_share_a_forward_pass() -> None:
@@ -47,7 +55,7 @@ def test_parts_have_the_gradient_of_the_whole_batch(parts: int) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     views = [torch.randn(9, 3, 8, 8, dtype=torch.float64) for _ in range(2)]
-    for objective in (BarlowTwins(8, 6, 2), VICReg(8, 6, 2)):
+    for objective in (small("barlow", 8, 16), small("vicreg", 8, 16)):
         whole = Model(net, objective).double()
         loss, wanted = gradients(whole, views)
         in_parts = Model(net, objective, parts).double()
@@ -77,7 +85,7 @@ def step_of(config: Config, objective: Objective) -> tuple[Step, Model]:
     torch.manual_seed(0)
     model = Model(build_backbone("fastnet-4"), objective)
     optimizer = build_optimizer(config, [model.backbone, model.objective])
-    return Step(config, model, optimizer, ALONE, print), model
+    return Step(config, model, optimizer, SINGLE_PROCESS, print), model
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lars"])
@@ -94,10 +102,11 @@ def test_what_is_not_finite_changes_no_weight(optimizer: str, where: str) -> Non
                 return {"loss": loss * torch.inf}
             return {"loss": loss + (features[0] * 0).sum().sqrt()}  # the slope of sqrt at 0
 
-    config = replace(CONFIG, optimizer=optimizer)  # type: ignore[arg-type]
-    step, model = step_of(config, Faulty(16, 8, 2))
+    config = configured(CONFIG, optimizer=optimizer)  # type: ignore[arg-type]
+    knobs = BarlowTwinsKnobs(projector_width=16, projector_layers=2)
+    step, model = step_of(config, Faulty(16, knobs))
     views, index = [torch.randn(6, 3, 8, 8) for _ in range(2)], torch.arange(6)
-    guard = FiniteGuard(model, "skip", print)
+    guard = NonFiniteGuard(model, "skip", print)
     finite = step(views, index, 0.01)[0]["finite"]
     assert bool(finite)
     guard.add(1, index, finite)
@@ -118,12 +127,12 @@ def test_what_is_not_finite_changes_no_weight(optimizer: str, where: str) -> Non
 def test_a_skipped_first_step_leaves_momentum_at_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch makes momenta from memory that it does not write where the first step is skipped."""
     monkeypatch.setattr(torch, "empty_like", lambda x, **_: torch.full_like(x, torch.nan))
-    config = replace(CONFIG, optimizer="sgd")
+    config = configured(CONFIG, optimizer="sgd")
     views, index = [torch.randn(6, 3, 8, 8) for _ in range(2)], torch.arange(6)
     after = []
     for skipped in (False, True):
         torch.manual_seed(1)
-        step, model = step_of(config, BarlowTwins(16, 8, 2))
+        step, model = step_of(config, small("barlow", 16, 16))
         if skipped:
             state = {name: x.clone() for name, x in model.state_dict().items()}
             bad = [torch.full_like(view, torch.nan) for view in views]
@@ -138,25 +147,25 @@ def test_a_skipped_first_step_leaves_momentum_at_rest(monkeypatch: pytest.Monkey
 def test_the_guard_names_step_and_images_and_gives_up_after_a_row() -> None:
     said: list[str] = []
     index, good, bad = torch.arange(90, 100), torch.tensor(True), torch.tensor(False)
-    guard = FiniteGuard(nn.BatchNorm1d(3), "skip", said.append)
-    for step in range(1, HOPELESS):
+    guard = NonFiniteGuard(nn.BatchNorm1d(3), "skip", said.append)
+    for step in range(1, MAX_CONSECUTIVE_SKIPS):
         guard.add(step, index, bad)
     assert said[6] == (
         "the loss or its gradient is not finite at step 7, images 90, 91, 92, 93, 94, 95, 96, 97 "
         "and 2 more; the step was skipped"
     )
-    guard.add(HOPELESS, index, good)
-    for step in range(1, HOPELESS):
+    guard.add(MAX_CONSECUTIVE_SKIPS, index, good)
+    for step in range(1, MAX_CONSECUTIVE_SKIPS):
         guard.add(step, index, bad)
     with pytest.raises(NonFiniteLossError, match="10 steps in a row; try a lower --lr"):
-        guard.add(HOPELESS, index, bad)
+        guard.add(MAX_CONSECUTIVE_SKIPS, index, bad)
     with pytest.raises(NonFiniteLossError, match=r"at step 5, .* or --on-nonfinite skip"):
-        FiniteGuard(nn.Identity(), "stop", said.append).add(5, index, bad)
+        NonFiniteGuard(nn.Identity(), "stop", said.append).add(5, index, bad)
 
 
 def test_running_statistics_of_a_bad_batch_are_undone() -> None:
     norm = nn.BatchNorm1d(2)
-    guard = FiniteGuard(norm, "skip", lambda line: None)
+    guard = NonFiniteGuard(norm, "skip", lambda line: None)
     norm(torch.tensor([[1.0, 2.0], [3.0, 5.0]]))
     guard.add(1, torch.arange(2), torch.tensor(True))
     kept = norm.running_mean.clone()  # type: ignore[union-attr]
@@ -177,24 +186,27 @@ def test_a_failed_compile_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(torch, "compile", compiled)
     said: list[str] = []
-    step, _ = step_of(replace(CONFIG, compile=True), BarlowTwins(16, 8, 2))
-    step._say = said.append
+    step, _ = step_of(configured(CONFIG, compile=True), small("barlow", 16, 16))
+    step._log = said.append
     views, index = [torch.randn(6, 3, 8, 8) for _ in range(2)], torch.arange(6)
     for _ in range(2):
         assert bool(step(views, index, 0.01)[0]["loss"].isfinite())
-    assert len(said) == 1 and "goes on without it" in said[0] and "no C++ compiler" in said[0]
+    assert len(said) == 1 and "continuing without it" in said[0] and "no C++ compiler" in said[0]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_step_does_not_wait_for_the_gpu(precision: str) -> None:
     """Forward, loss, backward, update, spectrum and guard: no sync between two reports."""
-    from fastssl.evaluation.spectrum import SpectrumQueue
+    from fastssl.evaluation.collapse import SpectrumQueue
 
-    config = replace(CONFIG, precision=precision)  # type: ignore[arg-type]
-    model = Model(build_backbone("fastnet-4"), BarlowTwins(16, 32, 2)).cuda()
+    config = configured(CONFIG, precision=precision)  # type: ignore[arg-type]
+    model = Model(build_backbone("fastnet-4"), small("barlow", 16, 32)).cuda()
     optimizer = build_optimizer(config, [model.backbone, model.objective])
-    step, guard = Step(config, model, optimizer, ALONE, print), FiniteGuard(model, "stop", print)
+    step, guard = (
+        Step(config, model, optimizer, SINGLE_PROCESS, print),
+        NonFiniteGuard(model, "stop", print),
+    )
     spectrum = SpectrumQueue(16, "cuda", capacity=10)
     views = [torch.randn(6, 3, 8, 8, device="cuda") for _ in range(2)]
     index = torch.arange(6, device="cuda")
@@ -215,11 +227,11 @@ def test_a_step_does_not_wait_for_the_gpu(precision: str) -> None:
 def test_cuda_graphs_take_the_steps_of_eager() -> None:
     losses = {}
     for graphs in (False, True):
-        config = replace(CONFIG, compile=graphs, cuda_graphs=graphs)
+        config = configured(CONFIG, compile=graphs, cuda_graphs=graphs)
         torch.manual_seed(0)
-        model = Model(build_backbone("fastnet-4"), BarlowTwins(16, 32, 2)).cuda()
+        model = Model(build_backbone("fastnet-4"), small("barlow", 16, 32)).cuda()
         optimizer = build_optimizer(config, [model.backbone, model.objective])
-        step = Step(config, model, optimizer, ALONE, pytest.fail)
+        step = Step(config, model, optimizer, SINGLE_PROCESS, pytest.fail)
         views = [torch.randn(64, 3, 8, 8, device="cuda") for _ in range(2)]
         index = torch.arange(64, device="cuda")
         losses[graphs] = [step(views, index, 1e-3)[0]["loss"].item() for _ in range(6)]

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 
-from fastssl.runtime.watchdog import StallWatch
+from fastssl.runtime.watchdog import Watchdog
 
 USUAL_S = 0.02
 
@@ -14,7 +14,9 @@ def hang_in_here(seconds: float) -> None:
 
 def test_a_stalled_step_tells_its_phase_and_stack_once() -> None:
     said: list[tuple[float, str]] = []
-    with StallWatch(lambda line: said.append((time.monotonic(), line)), grace_s=0.2) as stall:
+    with Watchdog(
+        lambda line: said.append((time.monotonic(), line)), min_timeout_s=0.2
+    ) as watchdog:
 
         def epoch() -> Iterator[int]:
             for number in range(8):
@@ -22,12 +24,12 @@ def test_a_stalled_step_tells_its_phase_and_stack_once() -> None:
                     hang_in_here(1.0)
                 yield number
 
-        for number in stall.batches(epoch()):
+        for number in watchdog.batches(epoch()):
             time.sleep(USUAL_S)
             if number == 6:
                 begin = time.monotonic()
                 hang_in_here(0.6)
-            stall.made(number + 1)
+            watchdog.step_done(number + 1)
     assert len(said) == 1  # the step waited for data and hung again: one step, one report
     assert "step 7 has taken" in said[0][1] and "waiting for data" in said[0][1]
     assert "hang_in_here(1.0)" in said[0][1] and said[0][0] < begin - 0.5
@@ -35,9 +37,9 @@ def test_a_stalled_step_tells_its_phase_and_stack_once() -> None:
 
 def test_first_steps_and_steady_ones_are_not_judged() -> None:
     said: list[str] = []
-    with StallWatch(said.append, grace_s=0.1) as stall:
+    with Watchdog(said.append, min_timeout_s=0.1) as watchdog:
         time.sleep(0.3)  # compiling
         for step in range(10):
             time.sleep(USUAL_S)
-            stall.made(step)
+            watchdog.step_done(step)
     assert said == []

@@ -6,7 +6,6 @@ import os
 import tarfile
 import threading
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from fastssl.config import Config, config_from_json, config_to_json
+from fastssl.config import Config
+from fastssl.objectives import configured
+from fastssl.runtime.run_dir import config_from_json, config_to_json
 from fastssl_pipelines import Pipeline, View, choose_engine, open_pipeline, policies
 from fastssl_pipelines.augment import as_images, draw, views_of
 from fastssl_pipelines.sources.convert import convert
@@ -362,7 +363,7 @@ def test_training_on_a_tar_and_on_a_beton(
     """Each container trains with its own engine; a .beton is split, trained on and evaluated on as
     it is, to the accuracy that the files it was made from give."""
     from fastssl.pretrain import pretrain
-    from fastssl.recipes import RECIPES
+    from fastssl.recipes import recipe_config
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with tarfile.open(data / "imagenette-224-1000.tar") as tar:
@@ -372,8 +373,8 @@ def test_training_on_a_tar_and_on_a_beton(
     with tarfile.open(sources["x.tar"], "w") as tar:
         tar.add(tmp_path / "val", "val")
     sources["x.beton"] = convert(tmp_path / "val", tmp_path / "x.beton").target
-    config = replace(
-        RECIPES["barlow"],
+    config = recipe_config(
+        "barlow",
         engine="auto",
         backbone="fastnet-8",
         image_size=16,
@@ -389,7 +390,9 @@ def test_training_on_a_tar_and_on_a_beton(
     raw = {}
     for name, source in sources.items():
         said: list[str] = []
-        summary = pretrain(replace(config, data=str(source)), tmp_path / f"run-{name}", said.append)
+        summary = pretrain(
+            configured(config, data=str(source)), tmp_path / f"run-{name}", said.append
+        )
         assert any(line.startswith(f"engine {chosen[name]}: ") for line in said), said
         assert summary["images"] == 67 and summary["rankme"] > 1
         raw[name] = summary["accuracy"].get("raw pixels")
@@ -405,13 +408,13 @@ def test_engines_train_to_the_same_accuracy(
 ) -> None:
     """Imagenette's 750 training images, 2 seeds: engines differ by no more than seeds do."""
     from fastssl.pretrain import pretrain
-    from fastssl.recipes import RECIPES
+    from fastssl.recipes import recipe_config
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with tarfile.open(data / "imagenette-224-1000.tar") as tar:
         tar.extractall(tmp_path / "nette", filter="data")
-    config = replace(
-        RECIPES["barlow"],
+    config = recipe_config(
+        "barlow",
         data=str(tmp_path / "nette"),
         backbone="fastnet-8",
         image_size=32,
@@ -428,7 +431,7 @@ def test_engines_train_to_the_same_accuracy(
     accuracy: dict[str, list[float]] = {}
     for engine in ("resident", "dali", "ffcv"):
         for seed in (0, 1):
-            run = replace(config, engine=engine, seed=seed)
+            run = configured(config, engine=engine, seed=seed)
             folder = tmp_path / f"{engine}-{seed}"
             summary = pretrain(run, folder, lambda line: None)
             cells = summary["accuracy"]["pretrained"]
@@ -460,7 +463,8 @@ def test_the_command_line_reaches_the_engine(data: Path, tmp_path: Path) -> None
         (False, True, False),
         (True, False, True),
     ]
-    turned, stored = (torch.from_numpy(each.images[0]).float() for each in opened)
+    first = (next(each.train.batches([torch.tensor([0])]))[1][0] for each in opened)
+    turned, stored = (torch.from_numpy(pixels).float() for pixels in first)
     assert (turned - stored.rot90(-1)).abs().mean() < 4 < (turned - stored).abs().mean()
 
 
@@ -479,7 +483,8 @@ def test_options_that_an_engine_has_not(changes: dict[str, Any], message: str) -
 
 
 def test_a_config_of_before_these_options_is_read() -> None:
-    values = json.loads(config_to_json(Config(engine="dali", seed=5)))
+    config = configured(Config(engine="dali", seed=5))
+    values = json.loads(config_to_json(config))
     for name in ("render", "scaled", "oriented"):
         del values[name]
-    assert config_from_json(json.dumps(values)) == Config(engine="dali", seed=5)
+    assert config_from_json(json.dumps(values)) == config

@@ -13,7 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fastssl.data.datasets import load_images
+from fastssl.config import Config
+from fastssl.data.splits import ArraySplit, open_split
 from fastssl_pipelines import Pipeline, View, open_pipeline
 from fastssl_pipelines.augment import as_images, views_of
 from fastssl_pipelines.sources.convert import convert
@@ -162,14 +163,13 @@ def test_dali(scaled: bool, folder: Path, caplog: pytest.LogCaptureFixture) -> N
 def test_resident(folder: Path) -> None:
     """What a run with the resident engine loads: the same are left out, and named."""
     left_out: dict[str, str] = {}
+    config = Config(data=str(folder), load_size=16, holdout=0.5, corrupt_quota=1.0)
     count = 0
-    for split in ("train", "test"):
-        images = load_images(
-            str(folder), split, size=16, holdout=0.5, quota=1.0, on_corrupt="skip",
-            left_out=left_out,
-        )  # fmt: skip
-        assert images.shape[1:] == (16, 16, 3)
-        count += len(images)
+    for part in ("train", "test"):
+        split = open_split(config, part, hold=True)
+        assert isinstance(split, ArraySplit) and split.pixels.shape[1:] == (16, 16, 3)
+        count += len(split)
+        left_out |= split.skipped
     assert count == len(READ)
     assert {base(name) for name in left_out} == set(REFUSED)
     assert all(REFUSED[base(name)] in reason for name, reason in left_out.items())

@@ -1,0 +1,194 @@
+"""One part of a data set, whether it is held as an array or read from files as it is needed.
+
+Shapes: M images of the part, N of a batch, S pixels per side. Images are uint8 RGB (N, S, S, 3).
+"""
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastssl.config import Config
+from fastssl.data.datasets import (
+    Images,
+    Part,
+    is_encoded,
+    load_array,
+    load_labels,
+    open_files,
+)
+from fastssl_pipelines.memory import require_memory
+from fastssl_pipelines.prefetch import prefetch
+from fastssl_pipelines.sources.image_files import (
+    Encoded,
+    UnreadableError,
+    center_square,
+    decode,
+)
+from fastssl_pipelines.sources.unreadable import UnreadableImages
+
+Decoded = Images | UnreadableError
+
+
+class Split(ABC):
+    """The training or the test part of a run's data: its images by number, 0 to M - 1.
+
+    skipped: the unreadable images by name, with the reason; of files, those met so far.
+    """
+
+    def __init__(self, config: Config, part: Part):
+        self._config, self._part = config, part
+
+    @property
+    @abstractmethod
+    def skipped(self) -> Mapping[str, str]: ...
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def total(self) -> int:
+        """The number of images, all of `skipped` included."""
+
+    @abstractmethod
+    def batches(self, chunks: Sequence[Tensor]) -> Iterator[tuple[Tensor, Images]]:
+        """(numbers (N,), images (N, S, S, 3)) of the readable images of each chunk of numbers."""
+
+    @abstractmethod
+    def labels(self) -> Tensor | None:
+        """The label of every image (M,) int64, None where the data has none. For evaluation and
+        oracles only."""
+
+    def chunks(self, size: int, chosen: Tensor | None = None) -> tuple[Tensor, ...]:
+        """The numbers of all images, or the chosen ones, `size` at a time."""
+        return (torch.arange(len(self)) if chosen is None else chosen).split(size)
+
+
+class ArraySplit(Split):
+    """Images held in memory: `pixels` (M, S, S, 3), without the unreadable ones."""
+
+    def __init__(
+        self, config: Config, part: Part, pixels: Images, skipped: Mapping[str, str] | None = None
+    ):
+        super().__init__(config, part)
+        self.pixels, self._skipped = pixels, skipped or {}
+
+    @property
+    def skipped(self) -> Mapping[str, str]:
+        return self._skipped
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    @property
+    def total(self) -> int:
+        return len(self.pixels) + len(self._skipped)
+
+    def batches(self, chunks: Sequence[Tensor]) -> Iterator[tuple[Tensor, Images]]:
+        for numbers in chunks:
+            yield numbers, self.pixels[numbers.numpy()]
+
+    def labels(self) -> Tensor | None:
+        config = self._config
+        found = load_labels(config.data, self._part, config.holdout, skipped=self._skipped)
+        return None if found is None else torch.from_numpy(found[: len(self)])
+
+
+class FileSplit(Split):
+    """Images that are decoded when they are asked for, to squares of `load_size`, and not kept.
+
+    excluded: unreadable images that `files` does not hold, by name, with the reason.
+    """
+
+    def __init__(
+        self, config: Config, part: Part, files: Encoded, excluded: Mapping[str, str] | None = None
+    ):
+        super().__init__(config, part)
+        self.files, self._excluded = files, excluded or {}
+        self._met = UnreadableImages(len(files), config.on_corrupt, config.corrupt_quota)
+
+    @property
+    def skipped(self) -> Mapping[str, str]:
+        return {**self._excluded, **self._met.reasons}
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    @property
+    def total(self) -> int:
+        return len(self.files) + len(self._excluded)
+
+    def batches(self, chunks: Sequence[Tensor]) -> Iterator[tuple[Tensor, Images]]:
+        threads = os.cpu_count() or 1
+        with ThreadPoolExecutor(threads) as pool:  # Pillow decodes without the lock
+
+            def start(number: int) -> Future[Decoded]:
+                return pool.submit(self._decode, number)
+
+            numbers = [number for chunk in chunks for number in chunk.tolist()]
+            decoded = prefetch(numbers, start, lambda future: future.result(), 4 * threads)
+            for chunk in chunks:
+                yield self._readable(chunk, decoded)
+
+    def labels(self) -> Tensor | None:
+        config = self._config
+        found = load_labels(config.data, self._part, config.holdout, skipped=self._excluded)
+        return None if found is None else torch.from_numpy(found[: len(self)])
+
+    def _decode(self, number: int) -> Decoded:
+        try:
+            pixels = decode(self.files.read(number), oriented=self._config.oriented)
+        except UnreadableError as error:
+            return error
+        return center_square(pixels, self._config.load_size)
+
+    def _readable(self, chunk: Tensor, decoded: Iterator[Decoded]) -> tuple[Tensor, Images]:
+        """The images of one chunk, from the next results of `decoded`."""
+        size = self._config.load_size
+        pixels = np.empty((len(chunk), size, size, 3), np.uint8)
+        numbers: list[int] = []
+        for number in chunk.tolist():
+            result = next(decoded)
+            if isinstance(result, UnreadableError):
+                self._met.add(self.files.names[number], str(result))
+            else:
+                pixels[len(numbers)] = result
+                numbers.append(number)
+        return torch.tensor(numbers, dtype=torch.int64), pixels[: len(numbers)]
+
+
+def open_split(config: Config, part: Part, *, hold: bool = False) -> Split:
+    """One part of the run's data. An array is held as it is; files are read when they are asked
+    for, or with `hold` decoded now and held."""
+    count = config.train_images or None if part == "train" else None
+    if not is_encoded(config.data):
+        return ArraySplit(config, part, load_array(config.data, part, config.holdout)[:count])
+    files = open_files(config.data, part, config.holdout)
+    if hold:
+        return _held(config, part, FileSplit(config, part, files), count)
+    return FileSplit(config, part, files.select(range(len(files))[:count]))
+
+
+def _held(config: Config, part: Part, split: FileSplit, count: int | None) -> ArraySplit:
+    """The first `count` readable images of `split`, decoded."""
+    size = config.load_size
+    most = min(count or len(split), len(split))
+    require_memory(
+        most * size * size * 3, f"holding {most} images of {size} px", "lower --load-size"
+    )
+    pixels = np.empty((most, size, size, 3), np.uint8)
+    filled = 0
+    for numbers, images in split.batches(split.chunks(256)):
+        taken = min(len(numbers), most - filled)
+        pixels[filled : filled + taken] = images[:taken]
+        filled += taken
+        if filled == most:
+            break
+    if not filled:
+        raise ValueError(f"none of {len(split)} images can be read; `fastssl doctor` says why")
+    return ArraySplit(config, part, pixels[:filled], split.skipped)
