@@ -372,13 +372,13 @@ def test_reference_stays_on_the_device_of_its_images(quality):
 
 def test_one_source_for_all_compilers():
     """Every back end compiles the formulas of one source, so a fault shows in all of them."""
-    shared = reference.pixel_ops.turn_hue.__code__
-    assert import_module(MODULE)._f.turn_hue.fn.__code__ is shared
+    shared = reference.pixel_ops.shift_hue.__code__
+    assert import_module(MODULE)._f.shift_hue.fn.__code__ is shared
     if "cpu" in BACK_ENDS:
         assert (
             import_module(
                 "fastssl_pipelines.augment.cpu.numba_ops"
-            ).of_pixels.turn_hue.py_func.__code__
+            ).of_pixels.shift_hue.py_func.__code__
             is shared
         )
 
@@ -437,16 +437,16 @@ def render_kernels(cc: int) -> list[Kernel]:
     return kernels
 
 
-def draw_kernel(cc: int) -> Kernel:
+def sample_kernel(cc: int) -> Kernel:
     signature = {"table_ptr": "*fp32", "index_ptr": "*i64", "layout_ptr": "*i64"}
     signature |= {"numbers_ptr": "*fp64", "key_ptr": "*i64", "first": "i32", "N": "i32"}
     numbers = len(sample_params.view_numbers(EVERYTHING))
-    sizes = {"COLUMNS": COLUMNS, "NUMBERS": numbers, "BLOCK": cuda.DRAW_BLOCK}
-    return Kernel(f"{MODULE}:_draw_kernel", signature, sizes, cc)
+    sizes = {"COLUMNS": COLUMNS, "NUMBERS": numbers, "BLOCK": cuda.SAMPLE_BLOCK}
+    return Kernel(f"{MODULE}:_sample_kernel", signature, sizes, cc)
 
 
 def test_two_kernels_compile_for_hopper():
-    drawing, rendering = compile_offline([draw_kernel(90), render_kernels(90)[1]])
+    drawing, rendering = compile_offline([sample_kernel(90), render_kernels(90)[1]])
     assert_ships(drawing, dot=False)
     assert_ships(rendering, dot=True)
 
@@ -457,5 +457,5 @@ def test_every_tile_configuration_compiles_without_spills(cc):
     for resources in compile_offline(render_kernels(cc)):
         print(resources)
         assert_ships(resources, dot=True)
-    (drawing,) = compile_offline([draw_kernel(cc)])
+    (drawing,) = compile_offline([sample_kernel(cc)])
     assert_ships(drawing, dot=False)

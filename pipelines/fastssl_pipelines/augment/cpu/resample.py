@@ -1,4 +1,4 @@
-"""Which pixels of a crop make a pixel of the view, and how much: numba.
+"""Resampling taps: which pixels of a crop contribute to a pixel of the view, with which weights.
 
 Shapes: S pixels per side.
 """
@@ -15,13 +15,13 @@ triangle, cubic = of_pixels.triangle, of_pixels.cubic
 
 @fast
 def most_taps(longest, size, bicubic):
-    """The most taps that a pixel of a view of a crop up to `longest` can have."""
+    """An upper bound on the taps of a pixel of the view, for crops up to `longest` px."""
     return (4 if bicubic else 2) * max(1, -(-longest // size)) + 2
 
 
 @fast
 def _fill_pairs(length, scale, size, flip, gain, first, count, weight, room):
-    """`fill_taps` of a bilinear enlargement, where two neighbours make a pixel."""
+    """`fill_taps` for bilinear enlargement, where a pixel has two taps."""
     last = np.float32(length - 1)
     for i in range(size):
         source = min(max((np.float32(i) + HALF) * scale - HALF, ZERO), last)
@@ -35,7 +35,7 @@ def _fill_pairs(length, scale, size, flip, gain, first, count, weight, room):
 
 @fast
 def fill_taps(length, size, bicubic, flip, gain, first, count, weight, room):
-    """Which of `length` pixels make each of S pixels, and how much; the most taps of any.
+    """Fill in the taps of S output pixels among `length` source pixels. -> the largest count
 
     first (S,), count (S,), weight (S * `room`): zero from `count` on.
     """
