@@ -185,7 +185,7 @@ def test_blur_wider_than_the_view_is_a_blur():
         assert (show(images, table, view, back_end) - flat).abs().max() <= LEVEL
 
 
-LOOKS = {
+CONFIGS = {
     "32": {},
     "bicubic 28, channels last": {"size": 28, "interpolation": "bicubic", "channels_last": True},
     "16": {"size": 16},
@@ -198,10 +198,10 @@ LOOKS = {
 
 @pytest.mark.parametrize("quality", ["exact", "affine"])
 @pytest.mark.parametrize("back_end", FAST)
-@pytest.mark.parametrize("look", LOOKS)
-def test_back_ends_are_the_reference(photos, small, look, back_end, quality):
-    view = replace(EVERYTHING, **LOOKS[look])
-    if view.size > 64 or look == "16":
+@pytest.mark.parametrize("config", CONFIGS)
+def test_back_ends_are_the_reference(photos, small, config, back_end, quality):
+    view = replace(EVERYTHING, **CONFIGS[config])
+    if view.size > 64 or config == "16":
         images = as_images(photos[2:3] if back_end == "cuda" else photos)
     else:
         images = small.select(torch.arange(8)) if back_end == "cuda" else small
@@ -290,7 +290,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("back_end", BACK_ENDS)
 @pytest.mark.parametrize("field", [field.name for field in fields(View)])
-def test_every_back_end_honours_every_field(small, field, back_end):
+def test_every_back_end_supports_every_field(small, field, back_end):
     """A new field without a line in CHANGES fails here, as does a back end that ignores a field."""
     index = torch.arange(2, device=where_it_runs(back_end))
     few = small.to(where_it_runs(back_end)).select(index)
@@ -384,7 +384,7 @@ def test_one_source_for_all_compilers():
 
 
 @pytest.mark.parametrize("back_end", FAST)
-def test_three_compilers_draw_the_same_bits(back_end):
+def test_three_compilers_sample_the_same_bits(back_end):
     rng = np.random.default_rng(0)
     index = torch.tensor(rng.integers(0, 2**40, 300))
     sizes = torch.tensor(rng.integers(2, 3000, (300, 2)))
@@ -408,7 +408,7 @@ COLUMNS = len(sample_params.COLUMNS)
 
 
 def render_kernels(cc: int) -> list[Kernel]:
-    """Every tile configuration that cuda.py launches."""
+    """Every tile configuration that `augment.cuda` launches."""
     kernels = []
     tile = {"COLUMNS": COLUMNS, "B": cuda.TILE, "W": cuda.WINDOW, "SIZE": 224, "LAST": True}
     bytes_ = {"bytes_ptr": "*u8"}

@@ -1,5 +1,5 @@
-"""The views that DALI's own operators make, beside fastssl's: the same draws, nearly the same
-pixels."""
+"""The views that DALI's operators render, compared with fastssl's: the same parameters, nearly the
+same pixels."""
 
 import io
 import logging
@@ -225,7 +225,7 @@ def test_what_dali_cannot_do_is_refused(files: list[Path]) -> None:
     require_supported([Posterized(size=8)], "exact")  # nothing to do, nothing to refuse
 
 
-def test_every_field_is_honoured_or_refused() -> None:
+def test_every_field_is_supported_or_refused() -> None:
     """A new field is refused until `dali_operators.py` has an operator for it."""
     assert {field.name for field in fields(View)} >= SUPPORTED_FIELDS
 

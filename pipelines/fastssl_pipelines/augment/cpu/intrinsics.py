@@ -143,11 +143,11 @@ def prefetch_for_write(typing, array, i, count):
         prefetch = builder.module.declare_intrinsic(
             "llvm.prefetch", [byte], ir.FunctionType(ir.VoidType(), [byte, *numbers])
         )
-        write, keep, data = (ir.Constant(ir.IntType(32), n) for n in (1, 3, 1))
+        write, locality, data = (ir.Constant(ir.IntType(32), n) for n in (1, 3, 1))
         lines = builder.udiv(builder.add(count, count.type(LINE)), count.type(LINE))
         with cgutils.for_range(builder, lines) as loop:
             start = builder.gep(array, [builder.add(i, builder.mul(loop.index, count.type(LINE)))])
-            builder.call(prefetch, [builder.bitcast(start, byte), write, keep, data])
+            builder.call(prefetch, [builder.bitcast(start, byte), write, locality, data])
         return context.get_dummy_value()
 
     return signature, generate

@@ -43,7 +43,7 @@ from fastssl_pipelines.augment.cpu.numba_ops import (
     of_pixels,
     of_views,
 )
-from fastssl_pipelines.augment.cpu.resample import fill_taps, most_taps
+from fastssl_pipelines.augment.cpu.resample import fill_taps, max_taps
 from fastssl_pipelines.augment.reference import BLUR_REACH
 
 # The modules that numba compiles here: part of the key of its cache on disk.
@@ -104,21 +104,21 @@ def _blend_rows(flat, start, spacing, width, weight, j, count, line):
 
 
 @fast
-def _blend_columns(line, first, most, weight, taps, size, colors):
+def _blend_columns(line, first, max_count, weight, taps, size, colors):
     """Row `line` (3 * width) of the crop at S pixels: colors (3 * S), interleaved. weight (S *
     K)"""
-    if most == 2:
+    if max_count == 2:
         for x in range(size):
             weigh_pixels(colors, 3 * x, line, 3 * first[x], weight, x * taps, 2)
-    elif most == 3:
+    elif max_count == 3:
         for x in range(size):
             weigh_pixels(colors, 3 * x, line, 3 * first[x], weight, x * taps, 3)
-    elif most == 4:
+    elif max_count == 4:
         for x in range(size):
             weigh_pixels(colors, 3 * x, line, 3 * first[x], weight, x * taps, 4)
     else:
         for x in range(size):
-            weigh_pixels(colors, 3 * x, line, 3 * first[x], weight, x * taps, most)
+            weigh_pixels(colors, 3 * x, line, 3 * first[x], weight, x * taps, max_count)
 
 
 @fast
@@ -289,12 +289,12 @@ def _render_range(
     for slot in range(count):
         longest_y = max(longest_y, int(table[slot, HEIGHT]))
         longest_x = max(longest_x, int(table[slot, WIDTH]))
-    most_y, most_x = most_taps(longest_y, size, bicubic), most_taps(longest_x, size, bicubic)
+    taps_y, taps_x = max_taps(longest_y, size, bicubic), max_taps(longest_x, size, bicubic)
     first_y, first_x = np.empty(size, np.int64), np.empty(size, np.int64)
     count_y, count_x = np.empty(size, np.int64), np.empty(size, np.int64)
-    weight_y = np.empty(size * most_y, np.float32)
-    weight_x = np.empty(size * most_x, np.float32)
-    line = np.zeros(3 * (longest_x + most_x) + LANES, np.float32)  # read past its end, times zero
+    weight_y = np.empty(size * taps_y, np.float32)
+    weight_x = np.empty(size * taps_x, np.float32)
+    line = np.zeros(3 * (longest_x + taps_x) + LANES, np.float32)  # read past its end, times zero
     color = np.empty(3 * size + 1, np.float32)
     area = size * size
     planes = np.zeros(3 * area + LANES, np.float32)
@@ -325,8 +325,10 @@ def _render_range(
             corner = layout[n, 0] + int(row[TOP]) * stride + 3 * int(row[LEFT])
             width = int(row[WIDTH])
             height, flip = int(row[HEIGHT]), row[FLIP] > 0
-            fill_taps(height, size, bicubic, False, BYTE, first_y, count_y, weight_y, most_y)
-            most = fill_taps(width, size, bicubic, flip, ONE, first_x, count_x, weight_x, most_x)
+            fill_taps(height, size, bicubic, False, BYTE, first_y, count_y, weight_y, taps_y)
+            max_count = fill_taps(
+                width, size, bicubic, flip, ONE, first_x, count_x, weight_x, taps_x
+            )
             contrast = 4
             for k in range(4):
                 if row[STEP0 + k] == 1 and not affine:
@@ -344,9 +346,9 @@ def _render_range(
                                 prefetch_for_write(
                                     out, view + c * area + y * size * step, size * step
                                 )
-                            first, j = corner + first_y[y] * stride, y * most_y
+                            first, j = corner + first_y[y] * stride, y * taps_y
                             _blend_rows(flat, first, stride, width, weight_y, j, count_y[y], line)
-                            _blend_columns(line, first_x, most, weight_x, most_x, size, color)
+                            _blend_columns(line, first_x, max_count, weight_x, taps_x, size, color)
                             _spread(color, y * size, size, planes)
                         if affine:
                             _recolor(planes, start, stop, area, to_fixed_tuple(colors[slot], 12))
