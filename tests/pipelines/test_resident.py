@@ -196,7 +196,6 @@ def test_bad_input_is_refused_before_the_first_batch(change, words):
         resident(**settings)
 
 
-@pytest.mark.parametrize(("epoch", "skip"), [(-1, 0), (2**32, 0), (0, -1), (0, 11)])
 def test_patches_of_an_epoch_must_fit():
     with pytest.raises(ValueError, match=r"View.patch is 19 px: the smallest image has side 18"):
         resident().epoch(0, views=(View(size=8, patch=19),))
@@ -208,6 +207,7 @@ def test_settings_are_frozen():
         pipeline.views = ()
 
 
+@pytest.mark.parametrize(("epoch", "skip"), [(-1, 0), (2**32, 0), (0, -1), (0, 11)])
 def test_epochs_and_batches_that_there_are_not(epoch, skip):
     with pytest.raises(ValueError, match="epoch is"):
         resident().epoch(epoch, skip=skip)
