@@ -1,5 +1,5 @@
-"""Views of images, fast: one contract, several engines. Needs torch and numpy; each engine brings
-its own library."""
+"""Fast augmented views of images: one contract, several engines. Needs torch and numpy; an engine
+imports its decoding library when it is opened."""
 
 import logging
 import os
@@ -43,11 +43,11 @@ def open_pipeline(
 
     engine: "resident" holds all images in memory: source is uint8 RGB, an array or tensor (M, H, W,
     3) or a sequence of (H, W, 3) of any sizes. "dali" decodes a folder of images, .tar shards, a
-    list of either, or a list of bytes; "ffcv" a .beton file. "auto" is what `choose_engine` says,
-    logged. shard: (rank, world). quality: "exact" is torchvision's semantics, "affine" one colour
-    matrix per view. keep_params: yield what was drawn in `Batch.params`, a tuple of V `Params`.
+    list of either, or a list of bytes; "ffcv" a .beton file. "auto" takes `choose_engine`'s choice
+    and logs it. shard: (rank, world). quality: "exact" is torchvision's semantics, "affine" one
+    colour matrix per view. keep_params: yield the sampled parameters in `Batch.params`, V `Params`.
     options: of the engine, see `DaliPipeline`, `FfcvPipeline` and `StreamingPipeline`. ValueError
-    says what is wrong before the first batch.
+    is raised before the first batch.
     """
     if engine == "auto":
         engine, why = choose_engine(source, device)

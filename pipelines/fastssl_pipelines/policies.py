@@ -1,9 +1,8 @@
-"""The published augmentation policies, as values: each function returns a tuple of `View`, one per
-view.
+"""The published augmentation policies: each function returns a tuple of `View`, one per view.
 
-Sources are named beside each; where code and paper differ, the code that produced the published
-numbers counts. `dataclasses.replace(view, dtype=torch.bfloat16, channels_last=True)` adapts one to
-a trainer.
+Each docstring names its source; where code and paper differ, the code that produced the published
+numbers is followed. `dataclasses.replace(view, dtype=torch.bfloat16, channels_last=True)` adapts a
+view to a trainer.
 """
 
 from collections.abc import Callable
@@ -60,8 +59,8 @@ def mocov2(views: int = 2, size: int = 224) -> Views:
 
 
 def byol(size: int = 224) -> Views:
-    """BYOL (arXiv:2006.07733, appendix B): two unlike views, blurred with p = 1 and 0.1, the second
-    solarized.
+    """BYOL (arXiv:2006.07733, appendix B): views that differ, blurred with p = 1 and 0.1, the
+    second solarized.
 
     Also Barlow Twins (arXiv:2103.03230), VICReg (`augmentations.py` of its repository) and MoCo v3.
     Their Pillow blur approximates the Gaussian that is used here by three box filters.
@@ -125,13 +124,13 @@ def dino(local: int = 8, size: int = 224) -> Views:
 
 
 def dinov2(local: int = 8, local_size: int | None = None, size: int = 224) -> Views:
-    """DINOv2 (arXiv:2304.07193; `data/augmentations.py`) as it ran, 2 x 224 of .32-1 and `local` of
-    .05-.32.
+    """DINOv2 (arXiv:2304.07193; `data/augmentations.py`) as its models were trained: 2 x 224 of
+    .32-1 and `local` x 98 of .05-.32.
 
     size: of the two global views. local_size: None keeps the published ratio of 98 to 224.
 
-    Its blur class hands 1 - p to RandomApply (facebookresearch/dinov2 PR 411), so that the written
-    probabilities 1, 0.1 and 0.5 became 0, 0.9 and 0.5: these are the ones here.
+    Its blur class passes 1 - p to RandomApply (facebookresearch/dinov2 PR 411), so that the
+    configured probabilities 1, 0.1 and 0.5 became 0, 0.9 and 0.5, which are used here.
     """
     side = _local_side(98, size) if local_size is None else local_size
     base = View(
@@ -150,7 +149,7 @@ def dinov2(local: int = 8, local_size: int | None = None, size: int = 224) -> Vi
 
 
 def emp_ssl(views: int = 20, size: int = 32) -> Views:
-    """EMP-SSL on CIFAR (arXiv:2304.03977): 20 to 200 patches of exactly 16 x 16 px, shown at 32 px.
+    """EMP-SSL on CIFAR (arXiv:2304.03977): 20 to 200 patches of 16 x 16 px, resized to 32 px.
 
     The repository crops a fixed 25 % of the area at ratio 1, which on 32 x 32 images is that patch.
     """
@@ -169,7 +168,7 @@ def emp_ssl(views: int = 20, size: int = 32) -> Views:
 
 
 def diet_cifar(views: int = 1, size: int = 32) -> Views:
-    """DIET on CIFAR (arXiv:2302.10260): jitter with p = .3 only, blur with p = .2, and random
+    """DIET on CIFAR (arXiv:2302.10260): jitter with p = .3, blur with p = .2, and random
     erasing."""
     view = View(
         size=size,
@@ -186,7 +185,7 @@ def diet_cifar(views: int = 1, size: int = 32) -> Views:
 
 def multiview_cifar(views: int = 8, size: int = 32) -> Views:
     """The CIFAR policy of "Harnessing small projectors and multiple views" (arXiv:2312.10725), as
-    run.
+    its code ran it.
 
     SimCLR's for CIFAR, but with hue 0: the loader behind its published numbers drops the hue.
     """
@@ -204,8 +203,8 @@ def mae(size: int = 224) -> Views:
 
 
 def digits(views: int = 2, size: int = 16) -> Views:
-    """Ours, for tiny grayscale digits (scikit-learn's 8 x 8 in three equal channels): no flip, no
-    hue."""
+    """Ours, unpublished, for small grayscale digits (scikit-learn's 8 x 8 in three equal channels):
+    no flip, no hue."""
     view = View(
         size=size,
         scale=(0.4, 1.0),
@@ -224,7 +223,7 @@ _PUBLISHED = (
 )  # fmt: skip
 POLICIES: dict[str, Callable[..., Views]] = {policy.__name__: policy for policy in _PUBLISHED}
 MULTI_CROP = frozenset({"swav", "dino", "dinov2"})  # two global views, the others local
-FIXED = frozenset({"byol", "barlow_twins", "vicreg", "mae"})  # the policy has its number of views
+FIXED = frozenset({"byol", "barlow_twins", "vicreg", "mae"})  # the number of views is published
 
 
 def policy_views(name: str, views: int, size: int) -> Views:

@@ -1,4 +1,4 @@
-"""Work started before its result is asked for."""
+"""Start work ahead of its use, on threads or devices."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -1,8 +1,9 @@
-"""What a pipeline is: views to render, batches to yield, and the promises every engine keeps.
+"""The contract of all engines: the views to render, the batches to yield, and what is guaranteed.
 
-The promises. A pipeline's stream depends on (seed, epoch) alone. An epoch visits each index at most
+Guarantees. A pipeline's stream depends on (seed, epoch) alone. An epoch visits each index at most
 once (the last incomplete batch is dropped), and ranks see disjoint indices. `epoch(e, skip=b)`
-yields what `epoch(e)` yields from batch b on. An image is decoded once however many views it has.
+yields what `epoch(e)` yields from batch b on; `epoch(e, views=v)` replaces the views of the
+pipeline for that epoch. An image is decoded once, whatever the number of its views.
 
 Shapes: N batch, M data set, C channels, S pixels per side, V views.
 """
@@ -23,7 +24,7 @@ class View:
     """One augmented view: crop, flip, jitter, grayscale, blur, solarize, normalise, erase, in this
     order.
 
-    Every engine honours every field. Probabilities are per sample; ranges are uniform.
+    Every engine supports every field. Probabilities are per sample; ranges are uniform.
     Semantics are torchvision's (pixel values in [0, 1], each colour operation clamps).
     """
 
@@ -33,7 +34,8 @@ class View:
     patch: int | None = None  # side of a square crop, px of the image, in place of scale and ratio
     interpolation: Interpolation = "bilinear"  # antialiased where the crop shrinks
     flip: float = 0.5  # probability of a horizontal flip
-    # strengths of brightness, contrast, saturation (factors 1 - x to 1 + x) and hue (in turns)
+    # strengths of brightness, contrast, saturation (factors 1 - x to 1 + x) and hue (-x to x, parts
+    # of the full circle)
     jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
     jitter_p: float = 0.0
     gray: float = 0.0  # probability of grayscale
@@ -91,9 +93,9 @@ class View:
 
 
 class Batch(NamedTuple):
-    """`views`: V tensors (N, C, S, S) in the views' own dtype and layout; `index`: (N,) int64 on
-    the same device, the images' positions in the data set; `params`: what was drawn, if the engine
-    was asked."""
+    """`views`: V tensors (N, C, S, S) in each view's dtype and memory format; `index`: (N,) int64
+    on the same device, the images' positions in the data set; `params`: V `Params`, where
+    keep_params was set."""
 
     views: Sequence[Tensor]
     index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody calls on a Batch

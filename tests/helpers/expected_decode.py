@@ -1,4 +1,4 @@
-"""What the engines that decode should decode, said with Pillow alone."""
+"""What the streaming engines should decode, by Pillow alone."""
 
 from typing import Any
 

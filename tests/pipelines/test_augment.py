@@ -185,7 +185,7 @@ def test_blur_wider_than_the_view_is_a_blur():
         assert (show(images, table, view, back_end) - flat).abs().max() <= LEVEL
 
 
-LOOKS = {
+CONFIGS = {
     "32": {},
     "bicubic 28, channels last": {"size": 28, "interpolation": "bicubic", "channels_last": True},
     "16": {"size": 16},
@@ -198,10 +198,10 @@ LOOKS = {
 
 @pytest.mark.parametrize("quality", ["exact", "affine"])
 @pytest.mark.parametrize("back_end", FAST)
-@pytest.mark.parametrize("look", LOOKS)
-def test_back_ends_are_the_reference(photos, small, look, back_end, quality):
-    view = replace(EVERYTHING, **LOOKS[look])
-    if view.size > 64 or look == "16":
+@pytest.mark.parametrize("config", CONFIGS)
+def test_back_ends_are_the_reference(photos, small, config, back_end, quality):
+    view = replace(EVERYTHING, **CONFIGS[config])
+    if view.size > 64 or config == "16":
         images = as_images(photos[2:3] if back_end == "cuda" else photos)
     else:
         images = small.select(torch.arange(8)) if back_end == "cuda" else small
@@ -290,7 +290,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("back_end", BACK_ENDS)
 @pytest.mark.parametrize("field", [field.name for field in fields(View)])
-def test_every_back_end_honours_every_field(small, field, back_end):
+def test_every_back_end_supports_every_field(small, field, back_end):
     """A new field without a line in CHANGES fails here, as does a back end that ignores a field."""
     index = torch.arange(2, device=where_it_runs(back_end))
     few = small.to(where_it_runs(back_end)).select(index)
@@ -372,19 +372,19 @@ def test_reference_stays_on_the_device_of_its_images(quality):
 
 def test_one_source_for_all_compilers():
     """Every back end compiles the formulas of one source, so a fault shows in all of them."""
-    shared = reference.pixel_ops.turn_hue.__code__
-    assert import_module(MODULE)._f.turn_hue.fn.__code__ is shared
+    shared = reference.pixel_ops.shift_hue.__code__
+    assert import_module(MODULE)._f.shift_hue.fn.__code__ is shared
     if "cpu" in BACK_ENDS:
         assert (
             import_module(
                 "fastssl_pipelines.augment.cpu.numba_ops"
-            ).of_pixels.turn_hue.py_func.__code__
+            ).of_pixels.shift_hue.py_func.__code__
             is shared
         )
 
 
 @pytest.mark.parametrize("back_end", FAST)
-def test_three_compilers_draw_the_same_bits(back_end):
+def test_three_compilers_sample_the_same_bits(back_end):
     rng = np.random.default_rng(0)
     index = torch.tensor(rng.integers(0, 2**40, 300))
     sizes = torch.tensor(rng.integers(2, 3000, (300, 2)))
@@ -408,7 +408,7 @@ COLUMNS = len(sample_params.COLUMNS)
 
 
 def render_kernels(cc: int) -> list[Kernel]:
-    """Every tile configuration that cuda.py launches."""
+    """Every tile configuration that `augment.cuda` launches."""
     kernels = []
     tile = {"COLUMNS": COLUMNS, "B": cuda.TILE, "W": cuda.WINDOW, "SIZE": 224, "LAST": True}
     bytes_ = {"bytes_ptr": "*u8"}
@@ -437,16 +437,16 @@ def render_kernels(cc: int) -> list[Kernel]:
     return kernels
 
 
-def draw_kernel(cc: int) -> Kernel:
+def sample_kernel(cc: int) -> Kernel:
     signature = {"table_ptr": "*fp32", "index_ptr": "*i64", "layout_ptr": "*i64"}
     signature |= {"numbers_ptr": "*fp64", "key_ptr": "*i64", "first": "i32", "N": "i32"}
     numbers = len(sample_params.view_numbers(EVERYTHING))
-    sizes = {"COLUMNS": COLUMNS, "NUMBERS": numbers, "BLOCK": cuda.DRAW_BLOCK}
-    return Kernel(f"{MODULE}:_draw_kernel", signature, sizes, cc)
+    sizes = {"COLUMNS": COLUMNS, "NUMBERS": numbers, "BLOCK": cuda.SAMPLE_BLOCK}
+    return Kernel(f"{MODULE}:_sample_kernel", signature, sizes, cc)
 
 
 def test_two_kernels_compile_for_hopper():
-    drawing, rendering = compile_offline([draw_kernel(90), render_kernels(90)[1]])
+    drawing, rendering = compile_offline([sample_kernel(90), render_kernels(90)[1]])
     assert_ships(drawing, dot=False)
     assert_ships(rendering, dot=True)
 
@@ -457,5 +457,5 @@ def test_every_tile_configuration_compiles_without_spills(cc):
     for resources in compile_offline(render_kernels(cc)):
         print(resources)
         assert_ships(resources, dot=True)
-    (drawing,) = compile_offline([draw_kernel(cc)])
+    (drawing,) = compile_offline([sample_kernel(cc)])
     assert_ships(drawing, dot=False)

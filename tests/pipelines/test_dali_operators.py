@@ -1,5 +1,5 @@
-"""The views that DALI's own operators make, beside fastssl's: the same draws, nearly the same
-pixels."""
+"""The views that DALI's operators render, compared with fastssl's: the same parameters, nearly the
+same pixels."""
 
 import io
 import logging
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastssl_pipelines import Pipeline, View, open_pipeline, policies
 from fastssl_pipelines.augment import Images, Params, as_images, draw, render
-from fastssl_pipelines.engines.dali_operators import HONOURED, DaliRender, require_honoured
+from fastssl_pipelines.engines.dali_operators import SUPPORTED_FIELDS, DaliRender, require_supported
 from fastssl_pipelines.sources.image_files import decode
 from tests.helpers.requires import needs
 
@@ -222,12 +222,12 @@ def test_what_dali_cannot_do_is_refused(files: list[Path]) -> None:
         opened(files, quality="affine")
     with pytest.raises(ValueError, match=r"View\.posterize is 4: render='dali' has no operator"):
         opened(files, views=(Posterized(size=8, posterize=4),))
-    require_honoured([Posterized(size=8)], "exact")  # nothing to do, nothing to refuse
+    require_supported([Posterized(size=8)], "exact")  # nothing to do, nothing to refuse
 
 
-def test_every_field_is_honoured_or_refused() -> None:
+def test_every_field_is_supported_or_refused() -> None:
     """A new field is refused until `dali_operators.py` has an operator for it."""
-    assert {field.name for field in fields(View)} >= HONOURED
+    assert {field.name for field in fields(View)} >= SUPPORTED_FIELDS
 
 
 def test_the_approximations_are_told_once(

@@ -1,4 +1,4 @@
-"""The doctor says what training would meet; see test_corrupt.py for each odd file."""
+"""The doctor decodes every image and reports problems; see test_unreadable.py for each odd file."""
 
 import tarfile
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The promises of `spec.py`, asked of every engine with the same images and views."""
+"""The guarantees of `spec.py`, on every engine with the same images and views."""
 
 import gc
 import json
@@ -182,8 +182,8 @@ def test_an_image_is_decoded_once_for_all_views(
 
 @needs("nvidia.dali")
 def test_every_crop_of_a_smaller_image_covers_its_view(sources: dict[str, Any]) -> None:
-    """The plan that engines share: the smallest of 1/2, 1/4, 1/8 at which that holds, by the very
-    draws of the views."""
+    """The rule of all engines: the smallest of 1/2, 1/4, 1/8 at which that holds, at the sampled
+    crops of the views."""
     views = (View(size=24), View(size=17, scale=(0.5, 1.0)))
     given = {"views": views, "batch_size": 1, "seed": 3, "device": "cpu"}
     pipeline: Any = open_pipeline("dali", sources["dali"], **given)

@@ -1,4 +1,4 @@
-"""The published numbers, and the traps in them."""
+"""The published numbers, and policies by name."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The promises of a pipeline, kept by the resident engine."""
+"""The guarantees of a pipeline, on the resident engine."""
 
 import gc
 import os
@@ -144,20 +144,20 @@ def test_early_breaks_and_many_epochs_leave_nothing_behind():
     assert grown_kib < 20_000
 
 
-def test_memory_is_used_again_only_when_nobody_looks():
+def test_memory_is_reused_only_when_unreferenced():
     pytest.importorskip("numba")
     pipeline = resident()
-    kept = [batch.views[0] for batch in pipeline.epoch(0)]  # more than are kept for reuse
-    copies = [view.clone() for view in kept]
+    held = [batch.views[0] for batch in pipeline.epoch(0)]  # more than are reused
+    copies = [view.clone() for view in held]
     corner = next(pipeline.epoch(1)).views[2][0, 0, :2]  # a slice alone keeps its batch alive
     copy = corner.clone()
     for epoch in range(2, 5):
         list(pipeline.epoch(epoch))
-    assert all(torch.equal(a, b) for a, b in zip(kept, copies, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(held, copies, strict=True))
     assert torch.equal(corner, copy)
-    del kept
-    places = {batch.views[0].data_ptr() for epoch in range(5) for batch in pipeline.epoch(epoch)}
-    assert len(places) < 10  # of 50 batches
+    del held
+    pointers = {batch.views[0].data_ptr() for epoch in range(5) for batch in pipeline.epoch(epoch)}
+    assert len(pointers) < 10  # of 50 batches
 
 
 def test_an_error_in_the_thread_reaches_the_consumer(monkeypatch):
@@ -196,7 +196,6 @@ def test_bad_input_is_refused_before_the_first_batch(change, words):
         resident(**settings)
 
 
-@pytest.mark.parametrize(("epoch", "skip"), [(-1, 0), (2**32, 0), (0, -1), (0, 11)])
 def test_patches_of_an_epoch_must_fit():
     with pytest.raises(ValueError, match=r"View.patch is 19 px: the smallest image has side 18"):
         resident().epoch(0, views=(View(size=8, patch=19),))
@@ -208,6 +207,7 @@ def test_settings_are_frozen():
         pipeline.views = ()
 
 
+@pytest.mark.parametrize(("epoch", "skip"), [(-1, 0), (2**32, 0), (0, -1), (0, 11)])
 def test_epochs_and_batches_that_there_are_not(epoch, skip):
     with pytest.raises(ValueError, match="epoch is"):
         resident().epoch(epoch, skip=skip)

@@ -1,4 +1,4 @@
-"""Each drawn parameter has torchvision's distribution, and depends on what names it alone."""
+"""Each sampled parameter has torchvision's distribution, and depends on its key alone."""
 
 import math
 from dataclasses import replace

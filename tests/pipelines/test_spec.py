@@ -1,4 +1,4 @@
-"""A View refuses what no engine could render."""
+"""A View rejects what no engine could render."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Odd and broken images: each has one stated outcome, the same in every engine.
+"""Odd and broken images: each has one expected outcome, the same in every engine.
 
 Unless noted, an image is read as Pillow reads it (EXIF ignored), bit for bit in the resident and
 DALI engines; FFCV gets it through `convert`.

@@ -1,4 +1,5 @@
-"""Drawing what a view is, and rendering it: apart, so that it can be logged, replayed, learnt from.
+"""Sampling the parameters of a view, and rendering it: two steps, so that parameters can be logged,
+replayed and learnt from.
 
 Shapes: N batch, C channels, S pixels per side, V views. Images are uint8 RGB of any sizes.
 """
@@ -32,10 +33,10 @@ def draw(
     height: Tensor | int,
     width: Tensor | int,
 ) -> Params:
-    """The parameters of view `view_number` of images `index` (N,) int64 of these sizes, on its
-    device.
+    """Sample the parameters of view `view_number` of images `index` (N,) int64 of these sizes, on
+    its device.
 
-    They depend on the arguments alone, and are the same bits on every device. seed, epoch: below
+    They depend on the arguments alone, bit for bit the same on every device. seed, epoch: below
     2^32.
     """
     if not 0 <= seed < 2**32:
@@ -46,11 +47,11 @@ def draw(
 
 
 def render(images: Images, params: Params, view: View, quality: Quality = "exact") -> Tensor:
-    """The views of `images` (N) that `params` describes. -> (N, 3, S, S), the view's dtype and
+    """Render `images` (N) with the parameters `params` (N). -> (N, 3, S, S), the view's dtype and
     layout
 
-    quality "exact" applies the colour steps as torchvision does; "affine" as one matrix per view,
-    with a linear hue and a fixed contrast centre (see `color_matrix.py`): cheaper, and different.
+    quality: "exact" applies the colour steps as torchvision does; "affine" applies one matrix per
+    view, with a linear hue and a fixed contrast centre (see `color_matrix.py`), which is cheaper.
     """
     return _back_end(images.flat).render(images, params.table[None], view, quality)[0]
 
@@ -63,28 +64,29 @@ def views_of(
     index: Tensor,
     quality: Quality = "exact",
 ) -> tuple[list[Tensor], tuple[Params, ...]]:
-    """Draw and render all `views` of `images` (N), called `index` (N,): V tensors, V `Params`.
+    """Sample and render all `views` of `images` (N), whose positions in the data set are `index`
+    (N,). -> V tensors, V `Params`
 
-    Neighbouring views of one look are rendered together and are slices of one tensor.
+    Consecutive views with one static configuration are rendered together, as slices of one tensor.
     """
     back_end = _back_end(images.flat)
     table = back_end.draw(tuple(views), seed, epoch, index, images.layout, 0)
     rendered: list[Tensor] = []
-    for _, run in groupby(views, key=_look):
+    for _, run in groupby(views, key=_static_config):
         alike = list(run)
         rows = table[len(rendered) : len(rendered) + len(alike)]
         rendered += back_end.render(images, rows, alike[0], quality).unbind(0)
     return rendered, tuple(Params(rows) for rows in table)
 
 
-def _look(view: View) -> tuple[object, ...]:
-    """What is the same for all samples of a view; the rest is drawn."""
-    normal = (view.mean, view.std)
-    return view.size, view.interpolation, normal, view.dtype, view.channels_last
+def _static_config(view: View) -> tuple[object, ...]:
+    """The fields of a view that a render call fixes for all samples; the others are sampled."""
+    normalization = (view.mean, view.std)
+    return view.size, view.interpolation, normalization, view.dtype, view.channels_last
 
 
 def _back_end(tensor: Tensor) -> ModuleType:
-    """Triton for tensors on a GPU; on the CPU numba, or plain torch where numba is missing."""
+    """Triton for tensors on a GPU; on a CPU numba, or plain torch where numba is not installed."""
     return _load_back_end(tensor.device.type)
 
 

@@ -1,8 +1,8 @@
 """The colour steps of a view as one affine map of RGB: quality "affine".
 
-What it changes, all of it visible: no clamping between steps, contrast around 0.5 in place of the
-view's own mean, and a hue that turns linearly in YIQ (as NVIDIA DALI's color_twist does) in place
-of HSV.
+It differs visibly from quality "exact": no clamping between steps, contrast around 0.5 in place of
+the mean of the view, and hue as a rotation in YIQ (as in NVIDIA DALI's color_twist) in place of
+HSV.
 
 Shapes: ... any leading dimensions.
 """
@@ -20,15 +20,15 @@ YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 
 
 
 def color_maps(table: Tensor) -> Tensor:
-    """The colour steps of every row of `table` (..., columns), in its own order. -> (..., 12)
+    """The colour steps of each row of `table` (..., columns), in its order. -> (..., 12)
 
     The 12 numbers are the rows of a (3, 4) matrix: red' = m[0] r + m[1] g + m[2] b + m[3].
     """
     gray, center, *_ = constants = _constants(table.device)
     color = torch.eye(3, 4, device=table.device).expand(*table.shape[:-1], 3, 4)
     factors = table[..., sample_params.BRIGHTNESS : sample_params.HUE + 1, None, None]
-    brightness, contrast, saturation, turns = factors.unbind(-3)
-    rotation = _hue_rotation(turns, *constants[2:])
+    brightness, contrast, saturation, hue = factors.unbind(-3)
+    rotation = _hue_rotation(hue, *constants[2:])
     for slot in range(sample_params.STEP0, sample_params.STEP3 + 1):
         step = table[..., slot, None, None]
         color = torch.where(
@@ -49,19 +49,19 @@ def color_maps(table: Tensor) -> Tensor:
 
 @cache
 def _constants(device: torch.device) -> tuple[Tensor, ...]:
-    """gray (3, 3), center (4,), and what `_hue_rotation` keeps, turns along and across, (3, 3)
-    each; on the device once and for all: no upload per batch."""
+    """gray (3, 3), center (4,), and the three matrices (3, 3) of `_hue_rotation`; cached on the
+    device, so that a batch uploads nothing."""
     gray = [[pixel_ops.RED, pixel_ops.GREEN, pixel_ops.BLUE]] * 3
     luma, plane, across = np.diag([1.0, 0, 0]), np.diag([0.0, 1, 1]), np.zeros((3, 3))
     across[1, 2], across[2, 1] = 1.0, -1.0
     inverse = np.linalg.inv(YIQ)
-    turned = [inverse @ part @ YIQ for part in (luma, plane, across)]
-    numbers = (gray, [0.0, 0.0, 0.0, 0.5], *turned)
+    rotation = [inverse @ part @ YIQ for part in (luma, plane, across)]
+    numbers = (gray, [0.0, 0.0, 0.0, 0.5], *rotation)
     return tuple(torch.tensor(x, dtype=torch.float32, device=device) for x in numbers)
 
 
-def _hue_rotation(turns: Tensor, keep: Tensor, along: Tensor, over: Tensor) -> Tensor:
-    """(..., 1, 1) -> (..., 3, 3): the rotation of the (I, Q) plane; HSV's hue runs against its
-    angle."""
-    angle = 2 * math.pi * turns
-    return keep + torch.cos(angle) * along + torch.sin(angle) * over
+def _hue_rotation(hue: Tensor, luma: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """The rotation of the (I, Q) plane, by a `hue` in parts of the full circle; the hue of HSV has
+    the opposite sign. (..., 1, 1) -> (..., 3, 3)"""
+    angle = 2 * math.pi * hue
+    return luma + torch.cos(angle) * cosine + torch.sin(angle) * sine

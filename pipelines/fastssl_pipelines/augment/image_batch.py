@@ -1,4 +1,4 @@
-"""Images of one size or of many, as one flat run of bytes: what every back end reads.
+"""Images of one or of many sizes as one flat uint8 tensor, which every back end reads.
 
 Shapes: M images, H and W pixels.
 """
@@ -19,10 +19,10 @@ WANTED = "wanted uint8 RGB, (M, H, W, 3) or a sequence of (H, W, 3)"
 
 @dataclass(frozen=True)
 class Images:
-    """RGB uint8 images: image i is `height * width * 3` bytes of `flat`, from `offset` on."""
+    """RGB uint8 images, stored back to back: image i is `height * width * 3` bytes of `flat`."""
 
     flat: Tensor  # uint8
-    layout: Tensor  # (M, 3) int64: offset, height, width of each
+    layout: Tensor  # (M, 3) int64: offset in `flat`, height, width
     same_size: bool  # whether all have one size
 
     @property
@@ -30,11 +30,11 @@ class Images:
         return len(self.layout)
 
     def select(self, index: Tensor) -> "Images":
-        """The images at `index` (N,): no pixel is copied."""
+        """The images at `index` (N,); pixels are not copied."""
         return replace(self, layout=self.layout[index])
 
     def to(self, device: torch.device | str) -> "Images":
-        """These images on `device`; ValueError where it has no room for them."""
+        """These images on `device`; ValueError where they do not fit into its free memory."""
         if self.flat.device.type != torch.device(device).type:
             _require_room(self.count, self.flat.nbytes, torch.device(device))
         return replace(self, flat=self.flat.to(device), layout=self.layout.to(device))
@@ -46,10 +46,10 @@ class Images:
 
 
 def as_images(source: Any) -> Images:
-    """`source` checked and laid flat, without a copy where it is one contiguous array.
+    """`source`, checked, as `Images`; one contiguous array is not copied.
 
     source: uint8 array or tensor (M, H, W, 3), or a sequence of (H, W, 3) of any sizes. ValueError
-    says which image is wrong and how.
+    names the first image that is not uint8 RGB of at least 2 x 2 pixels.
     """
     if isinstance(source, Images):
         return source
@@ -71,7 +71,7 @@ def as_images(source: Any) -> Images:
 
 
 def _tensor(pixels: Any) -> Tensor:
-    with warnings.catch_warnings():  # read-only memory is welcome: nothing here writes to it
+    with warnings.catch_warnings():  # a read-only array is fine: nothing here writes to it
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.as_tensor(pixels)
 

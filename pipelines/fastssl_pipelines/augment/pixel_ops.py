@@ -1,8 +1,8 @@
-"""What happens to a pixel, and the weight of a neighbour: each formula once, for all back ends.
+"""The pixel operations and the resampling weights: each formula once, for all back ends.
 
-As it stands this file is torch: `row` is a (N, columns) table and r, g, b are (N, S, S), fp32 in
+As written this file is torch: `row` is a (N, columns) table and r, g, b are (N, S, S), fp32 in
 [0, 1]. `retarget.py` compiles the same functions for numba (one pixel) and Triton (a tile), as it
-does `sample_params.py`. Numbers are named, because only then does each compiler keep them in fp32.
+does `sample_params.py`. Numbers are named, because each compiler keeps only named ones in fp32.
 
 The colour formulas are torchvision's for float tensors (`transforms/v2/functional/_color.py`); its
 HSV round trip is written without branches.
@@ -57,16 +57,16 @@ def blend(x, y, factor):
     return clamp(factor * x + (ONE - factor) * y)
 
 
-def turn_hue(r, g, b, turns):
-    """HSV and back, with `turns` of a full circle added to the hue."""
+def shift_hue(r, g, b, shift):
+    """Convert to HSV and back, with `shift` (parts of the full circle) added to the hue."""
     top = larger(larger(r, g), b)
     low = smaller(smaller(r, g), b)
     chroma = top - low
     step = ONE / where(chroma > TINY, chroma, ONE)
     hue = where(
         top == r, (g - b) * step, where(top == g, TWO + (b - r) * step, FOUR + (r - g) * step)
-    )  # in sixths of a turn, [-1, 5]
-    hue = hue + SIX * turns
+    )  # in sixths of the circle, [-1, 5]
+    hue = hue + SIX * shift
     hue = where(hue < ZERO, hue + SIX, hue)
     hue = where(hue >= SIX, hue - SIX, hue)
     return (
@@ -77,8 +77,8 @@ def turn_hue(r, g, b, turns):
 
 
 def adjust(step, r, g, b, mean, row):
-    """One jitter step: 0 brightness, 1 contrast, 2 saturation, 3 hue. `mean` is the view's mean
-    luma now."""
+    """One jitter step: 0 brightness, 1 contrast, 2 saturation, 3 hue. `mean` is the current
+    mean luma of the view."""
     if step == 0:
         factor = get(row, BRIGHTNESS)
         r = clamp(factor * r)
@@ -96,12 +96,12 @@ def adjust(step, r, g, b, mean, row):
         g = blend(g, y, factor)
         b = blend(b, y, factor)
     elif step == 3:
-        r, g, b = turn_hue(r, g, b, get(row, HUE))
+        r, g, b = shift_hue(r, g, b, get(row, HUE))
     return r, g, b
 
 
 def recolor(r, g, b, color):
-    """All jitter steps as one map, `color` (12): see `color_matrix.py`."""
+    """All jitter steps as one affine map, `color` (12): see `color_matrix.py`."""
     return (
         clamp(get(color, 0) * r + get(color, 1) * g + get(color, 2) * b + get(color, 3)),
         clamp(get(color, 4) * r + get(color, 5) * g + get(color, 6) * b + get(color, 7)),
@@ -110,14 +110,14 @@ def recolor(r, g, b, color):
 
 
 def tone(r, g, b, row):
-    """What follows the jitter and precedes the blur: grayscale."""
+    """The operations between jitter and blur: grayscale."""
     gray = get(row, GRAY) > ZERO
     y = luma(r, g, b)
     return where(gray, y, r), where(gray, y, g), where(gray, y, b)
 
 
 def finish(x, row):
-    """What follows the blur, on any channel: solarize."""
+    """The operations after the blur, on any channel: solarize."""
     return where(x >= get(row, SOLARIZE), ONE - x, x)
 
 

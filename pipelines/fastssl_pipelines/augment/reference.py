@@ -1,6 +1,6 @@
-"""Every view in plain torch, on any device: the documentation and the oracle of the fast back ends.
+"""Views in plain torch, on any device: documentation and oracle of the fast back ends.
 
-Resampling and blur are products with dense matrices of weights, one matrix per sample and axis:
+Resampling and blur are products with dense weight matrices, one per sample and axis:
 out = Wy @ image @ Wx^T.
 
 Shapes: N batch, C channels, H and W pixels of an image, S pixels per side of a view.
@@ -16,29 +16,30 @@ from fastssl_pipelines.augment.color_matrix import color_maps
 from fastssl_pipelines.augment.image_batch import Images
 from fastssl_pipelines.spec import View
 
-BLUR_REACH = 3.5  # the blur is cut off at this many sigma, where 0.05 % of the Gaussian is left
+BLUR_REACH = 3.5  # sigma at which the blur is truncated, where 0.05 % of the Gaussian is left
 
 
 def draw(
     views: Sequence[View], seed: int, epoch: int | Tensor, index: Tensor, layout: Tensor, first: int
 ) -> Tensor:
-    """The parameters of `views`, numbered from `first` on. -> (V, N, columns)
+    """Sample the parameters of `views`, numbered from `first` on. -> (V, N, columns)
 
-    index: (N,) int64, what the samples are called. layout: (N, 3), `Images.layout`.
+    index: (N,) int64, positions in the data set. layout: (N, 3), `Images.layout`.
     """
     table = torch.empty(len(views), len(index), len(sample_params.COLUMNS), device=index.device)
     height, width = layout[:, 1].double(), layout[:, 2].double()
     for v, view in enumerate(views):
         number = torch.full_like(index, first + v)
         numbers = sample_params.view_numbers(view)
-        sample_params.draw_view(table[v], index, number, seed, epoch, height, width, numbers)
+        sample_params.sample_view(table[v], index, number, seed, epoch, height, width, numbers)
     return table
 
 
 def render(images: Images, table: Tensor, view: View, quality: str) -> Tensor:
-    """Views that look like `view`, one for each row of `table`. -> (G, N, 3, S, S)
+    """Render one view for each row of `table`. -> (G, N, 3, S, S)
 
-    table: (G, N, columns). Size, interpolation, normalisation, dtype and layout are `view`'s.
+    table: (G, N, columns). `view` has the size, interpolation, normalisation, dtype and memory
+    format of all of them.
     """
     order = torch.channels_last if view.channels_last else torch.contiguous_format
     groups = (_render_group(images, rows, view, quality) for rows in table)
@@ -55,7 +56,7 @@ def _render_group(images: Images, rows: Tensor, view: View, quality: str) -> Ten
 
 
 def _gather(images: Images) -> Tensor:
-    """(N, H, W, 3), images all of one size."""
+    """(N, H, W, 3), of images that all have one size."""
     _, height, width = images.layout[0].tolist()
     span = torch.arange(height * width * 3, device=images.flat.device)
     return images.flat[images.layout[:, :1] + span].view(-1, height, width, 3)
@@ -92,7 +93,7 @@ def _axis_weights(start: Tensor, length: Tensor, size: int, view: View) -> Tenso
     """Weights of `size` source pixels in each of S output pixels, rows summing to 1. -> (N, S,
     size)"""
     start, scale = start[:, None, None], length[:, None, None] / view.size
-    stretch = scale.clamp(min=1)  # antialias: a crop that shrinks is seen through a wider kernel
+    stretch = scale.clamp(min=1)  # antialias: the kernel widens where the crop shrinks
     source = torch.arange(size, device=start.device)[None, None, :]
     center = (torch.arange(view.size, device=start.device)[None, :, None] + 0.5) * scale
     distance = (source - start + 0.5 - center) / stretch
@@ -103,7 +104,7 @@ def _axis_weights(start: Tensor, length: Tensor, size: int, view: View) -> Tenso
 
 
 def _jitter(x: Tensor, row: Tensor) -> Tensor:
-    """The four colour steps in each sample's own order. (N, 3, S, S)"""
+    """The four colour steps in the order of each sample. (N, 3, S, S)"""
     for slot in range(sample_params.STEP0, sample_params.STEP3 + 1):
         r, g, b = x.unbind(1)
         mean = pixel_ops.luma(r, g, b).mean((1, 2), keepdim=True)

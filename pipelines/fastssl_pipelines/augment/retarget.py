@@ -1,8 +1,8 @@
-"""One formula, several compilers: the functions of a module, compiled with other primitives.
+"""Compile the functions of a module with another compiler and its primitives.
 
-`sample_params.py` and `pixel_ops.py` are torch as they stand. `rebind` hands each of their
-functions, its source unchanged, to another compiler, in a namespace where `where`, `sqrt`, `get`,
-... are that compiler's own.
+`sample_params.py` and `pixel_ops.py` are plain torch. `retarget` compiles each of their functions,
+its source unchanged, in a namespace where `where`, `sqrt`, `get`, ... are the primitives of that
+compiler.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,17 +10,17 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 
-def rebind(
+def retarget(
     modules: Sequence[ModuleType],
     primitives: Mapping[str, Any],
     compile: Callable[[FunctionType], Any],
     constant: Callable[[Any], Any],
 ) -> dict[str, Any]:
-    """Every formula (a function without annotations) and number of `modules`, compiled. name ->
-    object
+    """The formulas of `modules` (functions without annotations), compiled, and their numbers. name
+    -> object
 
     primitives: replacements by name; a formula of that name is not compiled. compile: the
-    decorator. constant: what the compiler wants for a global number.
+    decorator of the compiler. constant: converts a global number into the form that it expects.
     """
     space: dict[str, Any] = {"__name__": __name__, **primitives}
     for module in modules:

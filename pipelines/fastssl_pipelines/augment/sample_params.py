@@ -1,17 +1,16 @@
-"""What is drawn for a view: every parameter, from Philox words, once for all back ends.
+"""Sample the parameters of a view from Philox words: one source for all back ends.
 
-As it stands this file is torch, vectorised over samples. `retarget.py` compiles the same functions
-for numba and for Triton with that compiler's own `real`, `sqrt`, ... in place of the primitives
-below; so they keep to operators, to each other, to primitives and to the constants in capitals. All
-arithmetic is fp64 made of single IEEE operations in a fixed order: the three compilers agree bit
-for bit.
+As written this file is torch, vectorised over samples. `retarget.py` compiles the same functions
+for numba and for Triton, with that compiler's `real`, `sqrt`, ... in place of the primitives below;
+so they use operators, each other, primitives and the constants in capitals only. All arithmetic is
+fp64 in single IEEE operations of a fixed order: the three compilers agree bit for bit.
 
 Crop and erasing follow torchvision's `RandomResizedCrop.make_params` and `RandomErasing`: ten
 attempts, then the largest centred crop of an allowed ratio (crop), or nothing (erasing).
 """
 
 # mypy: disable-error-code="no-untyped-def"
-# ^ arguments are tensors, scalars or blocks of pointers, as the compiler has it
+# ^ arguments are tensors, scalars or blocks of pointers, depending on the compiler
 
 import math
 from dataclasses import dataclass
@@ -22,12 +21,12 @@ from torch import Tensor
 from fastssl_pipelines.rng import philox
 from fastssl_pipelines.spec import View
 
-# What one view of one image is: a row of float32 (integers below 2^24 are exact).
+# The parameters of one view of one image: a row of float32 (integers below 2^24 are exact).
 COLUMNS = (
     "top", "left", "height", "width",  # the crop, px of the image
     "flip",
     "step0", "step1", "step2", "step3",  # 0 brightness, 1 contrast, 2 saturation, 3 hue; -1 none
-    "brightness", "contrast", "saturation", "hue",  # factors; hue in turns
+    "brightness", "contrast", "saturation", "hue",  # factors; hue in parts of the full circle
     "gray",
     "sigma",  # of the blur, px of the view; 0 is none
     "solarize",  # the threshold; 2 is none
@@ -41,8 +40,8 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Params:
-    """`params["sigma"]` is a (N,) column of the (N, len(COLUMNS)) float32 `table`; integers are
-    exact."""
+    """The parameters of a batch of views, one row per sample: `params["sigma"]` is a column (N,) of
+    `table` (N, len(COLUMNS)), float32; integers are exact."""
 
     table: Tensor
 
@@ -62,7 +61,7 @@ class Params:
         return Params(table)
 
 
-# Where `view_numbers` puts what a View says. A range is two numbers, (low, high - low).
+# Positions in `view_numbers`. A range is two numbers, (low, high - low).
 SIDE, PATCHED, PATCH, RATIO_LOW, RATIO_HIGH = 0, 1, 2, 3, 4
 FLIP_P, JITTER_P, GRAY_P, BLUR_P, SOLARIZE_P, THRESHOLD, ERASE_P = 5, 6, 7, 8, 9, 10, 11
 AREA, LOG_RATIO, BRIGHTNESSES, CONTRASTS, SATURATIONS, HUES, SIGMAS = 12, 14, 16, 18, 20, 22, 24
@@ -71,7 +70,7 @@ MEAN, STD = 30, 33
 
 
 def view_numbers(view: View) -> tuple[float, ...]:
-    """`view` as the numbers that the formulas and the kernels read."""
+    """The fields of `view` as the numbers that the formulas and the kernels read."""
     b, c, s, h = view.jitter
     ranges = (
         view.scale,
@@ -116,7 +115,7 @@ def indicator(condition):
     return condition.double()
 
 
-def some(condition):
+def any_true(condition):
     return condition.any()
 
 
@@ -128,21 +127,21 @@ def uniform(word):
     return real(word) * 2.3283064365386963e-10
 
 
-def happens(word, p):
+def bernoulli(word, p):
     return indicator(uniform(word) < p)
 
 
-def between(word, numbers, which):
+def uniform_in(word, numbers, which):
     return number(numbers, which) + uniform(word) * number(numbers, which + 1)
 
 
 def round_even(x):
-    """To the nearest integer, ties to even, by fp64's own rounding at 1.5 * 2^52."""
+    """To the nearest integer, ties to even, as fp64 rounds at 1.5 * 2^52."""
     return (x + 6755399441055744.0) - 6755399441055744.0
 
 
 def exponential(x):
-    """exp(x) for |x| < 4 within 1e-14: every library's own differs in the last bits."""
+    """exp(x) for |x| < 4 within 1e-14: the exp of each library differs in the last bits."""
     y = x * 0.0625
     e = y * 0.09090909090909091 + 1.0
     e = e * y * 0.1 + 1.0
@@ -166,27 +165,27 @@ def sides(area, ratio):
     return round_even(sqrt(area * ratio)), round_even(sqrt(area / ratio))
 
 
-def draw_crop(index, view, seed, epoch, height, width, numbers):
-    """(top, left, height, width): draws 3 to 12."""
+def sample_crop(index, view, seed, epoch, height, width, numbers):
+    """(top, left, height, width), from Philox blocks 3 to 12."""
     found = height * 0.0
     top = height * 0.0
     left = height * 0.0
     h = height * 0.0
     w = height * 0.0
     for attempt in range(10):
-        if some(found < 1.0):
+        if any_true(found < 1.0):
             a, b, c, d = philox(index, view, view * 0 + (attempt + 3), seed, epoch)
-            area = height * width * between(a, numbers, AREA)
-            wide, high = sides(area, exponential(between(b, numbers, LOG_RATIO)))
+            area = height * width * uniform_in(a, numbers, AREA)
+            wide, high = sides(area, exponential(uniform_in(b, numbers, LOG_RATIO)))
             wide = wide + number(numbers, PATCHED) * (number(numbers, PATCH) - wide)
             high = high + number(numbers, PATCHED) * (number(numbers, PATCH) - high)
             fits = (wide > 0) & (wide <= width) & (high > 0) & (high <= height)
-            take = indicator(fits) * (1.0 - found)
-            h = h + take * (high - h)
-            w = w + take * (wide - w)
-            top = top + take * floor(uniform(c) * (height - high + 1.0))
-            left = left + take * floor(uniform(d) * (width - wide + 1.0))
-            found = found + take
+            accept = indicator(fits) * (1.0 - found)
+            h = h + accept * (high - h)
+            w = w + accept * (wide - w)
+            top = top + accept * floor(uniform(c) * (height - high + 1.0))
+            left = left + accept * floor(uniform(d) * (width - wide + 1.0))
+            found = found + accept
     low = number(numbers, RATIO_LOW)
     high = number(numbers, RATIO_HIGH)
     wide = where(width > height * high, round_even(height * high), width)
@@ -200,30 +199,31 @@ def draw_crop(index, view, seed, epoch, height, width, numbers):
     return top, left, h, w
 
 
-def draw_erasing(index, view, seed, epoch, wanted, numbers):
-    """(top, left, height, width), all 0 where nothing is `wanted` or found: draws 13 to 22."""
-    side = wanted * 0.0 + number(numbers, SIDE)
-    found = 1.0 - wanted
+def sample_erasing(index, view, seed, epoch, enabled, numbers):
+    """(top, left, height, width), all 0 where erasing is not `enabled` or no rectangle fits; from
+    Philox blocks 13 to 22."""
+    side = enabled * 0.0 + number(numbers, SIDE)
+    found = 1.0 - enabled
     top = side * 0.0
     left = side * 0.0
     h = side * 0.0
     w = side * 0.0
     for attempt in range(10):
-        if some(found < 1.0):
+        if any_true(found < 1.0):
             a, b, c, d = philox(index, view, view * 0 + (attempt + 13), seed, epoch)
-            area = side * side * between(a, numbers, ERASE_AREA)
-            high, wide = sides(area, exponential(between(b, numbers, ERASE_LOG_RATIO)))
-            take = indicator((wide < side) & (high < side)) * (1.0 - found)
-            h = h + take * (high - h)
-            w = w + take * (wide - w)
-            top = top + take * floor(uniform(c) * (side - high + 1.0))
-            left = left + take * floor(uniform(d) * (side - wide + 1.0))
-            found = found + take
+            area = side * side * uniform_in(a, numbers, ERASE_AREA)
+            high, wide = sides(area, exponential(uniform_in(b, numbers, ERASE_LOG_RATIO)))
+            accept = indicator((wide < side) & (high < side)) * (1.0 - found)
+            h = h + accept * (high - h)
+            w = w + accept * (wide - w)
+            top = top + accept * floor(uniform(c) * (side - high + 1.0))
+            left = left + accept * floor(uniform(d) * (side - wide + 1.0))
+            found = found + accept
     return top, left, h, w
 
 
-def draw_order(word, wanted, row):
-    """Put one of the 24 orders of the four jitter steps, or -1 where jitter is not `wanted`."""
+def sample_jitter_order(word, enabled, row):
+    """Store one of the 24 orders of the four jitter steps, or -1 where jitter is not `enabled`."""
     rank = floor(uniform(word) * 24.0)
     first = floor((rank + 0.5) / 6.0)
     rest = rank - first * 6.0
@@ -234,40 +234,40 @@ def draw_order(word, wanted, row):
     larger = where(first < second, second, first)
     third = third + indicator(third >= smaller)
     third = third + indicator(third >= larger)
-    put(row, STEP0, wanted * (first + 1.0) - 1.0)
-    put(row, STEP1, wanted * (second + 1.0) - 1.0)
-    put(row, STEP2, wanted * (third + 1.0) - 1.0)
-    put(row, STEP3, wanted * (7.0 - first - second - third) - 1.0)
+    put(row, STEP0, enabled * (first + 1.0) - 1.0)
+    put(row, STEP1, enabled * (second + 1.0) - 1.0)
+    put(row, STEP2, enabled * (third + 1.0) - 1.0)
+    put(row, STEP3, enabled * (7.0 - first - second - third) - 1.0)
 
 
-def draw_view(row, index, view, seed, epoch, height, width, numbers):
-    """Fill `row`, the COLUMNS of one view of one image (or of many, side by side).
+def sample_view(row, index, view, seed, epoch, height, width, numbers):
+    """Fill `row`, the COLUMNS of one view of one image, or of a vector of images.
 
-    index, view, seed, epoch: int64. height, width: the image's, fp64. numbers: what the View says.
+    index, view, seed, epoch: int64. height, width: of the image, fp64. numbers: `view_numbers`.
     """
-    top, left, h, w = draw_crop(index, view, seed, epoch, height, width, numbers)
+    top, left, h, w = sample_crop(index, view, seed, epoch, height, width, numbers)
     put(row, TOP, top)
     put(row, LEFT, left)
     put(row, HEIGHT, h)
     put(row, WIDTH, w)
     a, b, c, d = philox(index, view, view * 0, seed, epoch)
-    put(row, FLIP, happens(a, number(numbers, FLIP_P)))
-    draw_order(d, happens(b, number(numbers, JITTER_P)), row)
-    put(row, GRAY, happens(c, number(numbers, GRAY_P)))
+    put(row, FLIP, bernoulli(a, number(numbers, FLIP_P)))
+    sample_jitter_order(d, bernoulli(b, number(numbers, JITTER_P)), row)
+    put(row, GRAY, bernoulli(c, number(numbers, GRAY_P)))
     a, b, c, d = philox(index, view, view * 0 + 1, seed, epoch)
-    put(row, BRIGHTNESS, between(a, numbers, BRIGHTNESSES))
-    put(row, CONTRAST, between(b, numbers, CONTRASTS))
-    put(row, SATURATION, between(c, numbers, SATURATIONS))
-    put(row, HUE, between(d, numbers, HUES))
+    put(row, BRIGHTNESS, uniform_in(a, numbers, BRIGHTNESSES))
+    put(row, CONTRAST, uniform_in(b, numbers, CONTRASTS))
+    put(row, SATURATION, uniform_in(c, numbers, SATURATIONS))
+    put(row, HUE, uniform_in(d, numbers, HUES))
     a, b, c, d = philox(index, view, view * 0 + 2, seed, epoch)
-    put(row, SIGMA, happens(a, number(numbers, BLUR_P)) * between(b, numbers, SIGMAS))
+    put(row, SIGMA, bernoulli(a, number(numbers, BLUR_P)) * uniform_in(b, numbers, SIGMAS))
     put(
         row,
         SOLARIZE,
-        where(happens(c, number(numbers, SOLARIZE_P)) > 0, number(numbers, THRESHOLD), 2.0),
+        where(bernoulli(c, number(numbers, SOLARIZE_P)) > 0, number(numbers, THRESHOLD), 2.0),
     )
-    top, left, h, w = draw_erasing(
-        index, view, seed, epoch, happens(d, number(numbers, ERASE_P)), numbers
+    top, left, h, w = sample_erasing(
+        index, view, seed, epoch, bernoulli(d, number(numbers, ERASE_P)), numbers
     )
     put(row, ERASE_TOP, top)
     put(row, ERASE_LEFT, left)

@@ -1,4 +1,4 @@
-"""What every engine shares: its settings, checked once, and the order of an epoch.
+"""The base of all engines: their settings, checked once, and the order of an epoch.
 
 Shapes: N batch, M data set, V views.
 """
@@ -77,7 +77,7 @@ class ShuffledEpochs:
         return rng.permutation(self.count, self.settings.seed, epoch, self._order_device())
 
     def _order_device(self) -> torch.device:
-        """Where the order is made: where the engine uses it."""
+        """The device on which the engine uses the order."""
         return torch.device("cpu")
 
     def _rest(self, epoch: int, skip: int) -> Tensor:
@@ -89,7 +89,7 @@ class ShuffledEpochs:
         return self.order(epoch)[skip:]
 
     def _views_or(self, views: Sequence[View] | None) -> tuple[View, ...]:
-        """`views`, checked; the pipeline's own where they are None."""
+        """`views`, checked; where they are None, those of the settings."""
         if views is None:
             return self.views
         require_views(views)

@@ -1,13 +1,13 @@
 """JPEGs decoded by NVIDIA DALI: on the GPU (nvJPEG, its hardware engine where there is one) or the
 CPU.
 
-The order of an epoch is ours: images are indexed once (`image_files.py`), read ahead by threads,
-and fed to DALI as bytes. DALI decodes each once; all views are rendered from those pixels, by
-fastssl or by DALI's own operators (`dali_operators.py`).
+fastssl determines the order of an epoch: images are indexed once (`image_files.py`), read ahead by
+threads, and passed to DALI as bytes. DALI decodes each once; all views are rendered from those
+pixels, by fastssl or by DALI's operators (`dali_operators.py`).
 
-Only plain JPEGs go to DALI. Everything else (CMYK, PNG, 16 bits, files that break off) goes to
-Pillow, which reads it or says why not. So do, on a CPU, the JPEGs that may be decoded smaller:
-libjpeg scales as it decodes, DALI's decoders do not.
+Only plain JPEGs are decoded by DALI. Pillow decodes the others (CMYK, PNG, 16 bits, truncated
+files) or reports why it cannot, and, on a CPU, the JPEGs that may be decoded smaller: libjpeg
+scales while it decodes, DALI's decoders do not.
 
 Shapes: N batch, H and W pixels.
 """
@@ -34,7 +34,7 @@ from fastssl_pipelines.engines.streaming import (
     Buffer,
     StreamingPipeline,
     smallest_side,
-    uploaded,
+    to_device,
 )
 from fastssl_pipelines.prefetch import in_chunks, prefetch, results
 from fastssl_pipelines.sources.image_files import (
@@ -50,12 +50,12 @@ from fastssl_pipelines.spec import Batch, View
 log = logging.getLogger("fastssl_pipelines")
 
 Render = Literal["fastssl", "dali"]
-MOST_RUNNING = 8  # batches with DALI at once
+MAX_IN_FLIGHT = 8  # batches scheduled in DALI
 
 
 class Jpeg(NamedTuple):
-    """A plain JPEG, the size in px of what it shows and the side that its views need; it is to be
-    decoded at 1 / `shrink` of its size."""
+    """A plain JPEG, its size in px, the smallest side that its views allow, and the divisor of its
+    size at which to decode it."""
 
     data: NDArray[np.uint8]
     height: int
@@ -64,20 +64,20 @@ class Jpeg(NamedTuple):
     shrink: int = 1
 
 
-Pixels = NDArray[np.uint8] | UnreadableError  # (H, W, 3), or why there are none
+Pixels = NDArray[np.uint8] | UnreadableError  # (H, W, 3), or the reason why not
 Chunks = list[Future[list[Pixels | Jpeg]]]
 
 
 @dataclass
 class InFlightBatch:
-    """A batch being decoded: `loaded[n]` is what image `index[n]` is, or is decoded from."""
+    """A batch being decoded: `loaded[n]` holds the pixels of image `index[n]`, or its JPEG."""
 
     index: Tensor  # (N,)
     loaded: list[Pixels | Jpeg]
-    shrunk: list[Future[list[Pixels]]]  # the JPEGs that become smaller, with Pillow
-    full: list[Jpeg]  # the other JPEGs, with DALI
+    shrunk: list[Future[list[Pixels]]]  # the JPEGs decoded smaller, by Pillow
+    full: list[Jpeg]  # the other JPEGs, by DALI
     dali: "_Dali"
-    decoded: "list[Any] | None"  # what DALI will fill in; None where it has nothing to do
+    decoded: list[Any] | None  # filled in by DALI; None where `full` is empty
 
 
 class DaliPipeline(StreamingPipeline):
@@ -87,7 +87,7 @@ class DaliPipeline(StreamingPipeline):
     source: what `open_encoded` takes. threads: of DALI and of the readers, each; by default one per
     core. oriented: turn images as their EXIF tag says; by default it is ignored, as in torchvision.
     scaled, on_corrupt, quota: see `StreamingPipeline`; on a GPU `scaled` has no effect. render:
-    "fastssl" renders the views as every engine does; "dali" uses DALI's own operators, which
+    "fastssl" renders the views as every engine does; "dali" uses DALI's operators, which
     approximate (see `dali_operators.py`), and logs that once.
     """
 
@@ -127,12 +127,12 @@ class DaliPipeline(StreamingPipeline):
     def _batch(self, images: Images, index: Tensor, epoch: int, views: Sequence[View]) -> Batch:
         if self._render is None:
             return super()._batch(images, index, epoch, views)
-        if self._render.views != tuple(views):  # another epoch's
+        if self._render.views != tuple(views):  # an epoch with other views
             self._render = self._build_render(views)
         rendered, params = self._render.views_of(images, self.settings.seed, epoch, index)
         on_device = tuple(Params(p.table.to(self.device)) for p in params)
-        kept = on_device if self.settings.keep_params else None
-        return Batch(rendered, uploaded(index, self.device), kept)
+        batch_params = on_device if self.settings.keep_params else None
+        return Batch(rendered, to_device(index, self.device), batch_params)
 
     def _decoded(
         self, order: Tensor, epoch: int, views: Sequence[View]
@@ -162,7 +162,7 @@ class DaliPipeline(StreamingPipeline):
     def _planned(
         self, loaded: list[Pixels | Jpeg], index: Tensor, epoch: int, views: Sequence[View]
     ) -> list[Pixels | Jpeg]:
-        """`loaded`, of the images at `index` (N,), with the `shrink` of each JPEG."""
+        """`loaded`, of the images at `index` (N,), with `shrink` set for each JPEG."""
         sizes = [(x.height, x.width) if isinstance(x, Jpeg) else (1, 1) for x in loaded]
         shrinks = self._shrinks(index, epoch, torch.tensor(sizes), views).tolist()
         return [
@@ -173,7 +173,7 @@ class DaliPipeline(StreamingPipeline):
     def _start(
         self, index: Tensor, loaded: list[Pixels | Jpeg], readers: Executor
     ) -> InFlightBatch:
-        """Begin to decode the JPEGs of a batch: on `readers` those that become smaller."""
+        """Start decoding the JPEGs of a batch, those decoded smaller on `readers`."""
         jpegs = [x for x in loaded if isinstance(x, Jpeg)]
         smaller = [x for x in jpegs if x.shrink > 1]
         full = [x for x in jpegs if x.shrink == 1]
@@ -184,12 +184,12 @@ class DaliPipeline(StreamingPipeline):
     def _schedule(self, jpegs: list[Any]) -> list[Any]:
         try:
             return self._dali.schedule(jpegs)
-        except RuntimeError:  # it ended over a batch that an earlier epoch left behind
+        except RuntimeError:  # it failed on a batch that an unfinished epoch left in it
             self._dali = self._build()
             return self._dali.schedule(jpegs)
 
     def _load(self, i: int, smallest: int) -> Pixels | Jpeg:
-        """Image i: a JPEG to be decoded, or its pixels, or why there are none."""
+        """Image i: a JPEG to be decoded, its pixels, or the reason why it cannot be read."""
         try:
             data = self.encoded.read(i)
             size = plain_jpeg(data)
@@ -198,24 +198,24 @@ class DaliPipeline(StreamingPipeline):
             require_side(*size, smallest)
         except UnreadableError as error:
             return error
-        turned = self.scaled and self.oriented and exif_orientation(data) > 4  # by 90 degrees
-        height, width = size[::-1] if turned else size
+        transposed = self.scaled and self.oriented and exif_orientation(data) > 4
+        height, width = size[::-1] if transposed else size
         return Jpeg(data, height, width, smallest)
 
     def _collect(self, batch: InFlightBatch, buffer: Buffer) -> tuple[Images, Tensor]:
-        """The readable images of a batch, laid flat on the device, and their indices."""
+        """The readable images of a batch on the device, and their indices."""
         full: list[Any] = []
         flat: Tensor | None = None
         if batch.decoded is not None:
             try:
                 full = batch.dali.collect(batch.decoded)
                 flat = batch.dali.flat(batch.decoded)
-            except RuntimeError:  # one bad image ends a DALI pipeline, and what was scheduled in it
+            except RuntimeError:  # one bad image ends a DALI pipeline and all batches in it
                 if batch.dali is self._dali:
                     self._dali = self._build()
                 full = [self._by_pillow(x) for x in batch.full]
         from_dali, from_pillow = iter(full), iter(results(batch.shrunk))
-        images, kept = [], []
+        images, readable = [], []
         for i, x in zip(batch.index.tolist(), batch.loaded, strict=True):
             if isinstance(x, Jpeg):
                 x = next(from_dali if x.shrink == 1 else from_pillow)
@@ -223,9 +223,9 @@ class DaliPipeline(StreamingPipeline):
                 self.unreadable.add(self.encoded.names[i], str(x))
             else:
                 images.append(x)
-                kept.append(i)
-        index = torch.tensor(kept, dtype=torch.int64)
-        return _lay(images, buffer, flat if len(full) == len(images) else None), index
+                readable.append(i)
+        index = torch.tensor(readable, dtype=torch.int64)
+        return _packed(images, buffer, flat if len(full) == len(images) else None), index
 
     def _by_pillow(self, jpeg: Jpeg) -> Pixels:
         try:
@@ -236,9 +236,9 @@ class DaliPipeline(StreamingPipeline):
             return error
 
 
-def _lay(images: Sequence[Any], buffer: Buffer, flat: Tensor | None) -> Images:
-    """(H, W, 3) arrays, or tensors on the GPU, one behind the other; where they already lie so, in
-    `flat`, nothing is copied."""
+def _packed(images: Sequence[Any], buffer: Buffer, flat: Tensor | None) -> Images:
+    """(H, W, 3) arrays, or tensors on the GPU, stored back to back. flat: where they already are;
+    nothing is copied then."""
     layout = layout_of([(x.shape[0], x.shape[1]) for x in images])
     if flat is not None:
         return buffer.images(flat, layout)
@@ -254,7 +254,7 @@ def _lay(images: Sequence[Any], buffer: Buffer, flat: Tensor | None) -> Images:
 
 
 class _Dali:
-    """DALI's decoder: bytes in, pixels out, one batch decoding while another is in use."""
+    """DALI's decoder: bytes in, pixels out, decoding one batch while another is in use."""
 
     def __init__(self, batch_size: int, threads: int, device: torch.device, oriented: bool) -> None:
         self._device = device
@@ -269,24 +269,27 @@ class _Dali:
                     device="mixed" if device.type == "cuda" else "cpu",
                     output_type=types.DALIImageType.RGB,
                     adjust_orientation=oriented,
-                    jpeg_fancy_upsampling=True,  # the GPU's chroma as the CPU's
+                    jpeg_fancy_upsampling=True,  # chroma on the GPU as on the CPU
                 )
             )
         self._pipe.build()
-        self._running: deque[list[Any]] = deque()  # what was scheduled and not yet collected
+        self._in_flight: deque[list[Any]] = deque()  # scheduled, not yet received
 
     def schedule(self, data: list[Any]) -> list[Any]:
-        """Begin to decode these images; what comes back is for `collect`."""
-        while len(self._running) >= MOST_RUNNING:  # left behind by epochs that were not finished
+        """Start decoding these images. -> a handle for `collect`"""
+        while len(self._in_flight) >= MAX_IN_FLIGHT:  # of unfinished epochs
             self._receive()
         self._pipe.feed_input("data", data)
         self._pipe.schedule_run()
-        self._running.append([])
-        return self._running[-1]
+        self._in_flight.append([])
+        return self._in_flight[-1]
 
     def collect(self, scheduled: list[Any]) -> list[Any]:
-        """(H, W, 3) arrays, valid as long as `scheduled` is, or tensors on the GPU. RuntimeError
-        where DALI cannot decode one of them, or of those before; this pipeline has then ended."""
+        """(H, W, 3) arrays, valid as long as `scheduled` is, or tensors on the GPU.
+
+        RuntimeError where DALI cannot decode one of them or of an earlier batch; this decoder
+        cannot be used after that.
+        """
         while not scheduled:
             self._receive()
         (images,) = scheduled
@@ -294,21 +297,20 @@ class _Dali:
         return [torch.from_dlpack(x) if cuda else np.asarray(x) for x in images]
 
     def flat(self, scheduled: list[Any]) -> Tensor | None:
-        """All bytes of a collected batch, where DALI holds it on a CPU, one image behind the
-        other."""
+        """All bytes of a collected batch, where DALI stores its images back to back on a CPU."""
         if self._device.type == "cuda":
             return None
         (images,) = scheduled
         size = sum(math.prod(shape) for shape in images.shape())
         try:
             return torch.from_dlpack(images.as_reshaped_tensor([size]))
-        except RuntimeError:  # they lie apart
+        except RuntimeError:  # they are not contiguous
             return None
 
     def _receive(self) -> None:
-        """Hand the oldest batch to those who scheduled it."""
+        """Wait for the oldest batch and fill in its handle."""
         cuda = self._device.type == "cuda"
         stream = torch.cuda.current_stream(self._device) if cuda else None
-        oldest = self._running.popleft()
+        oldest = self._in_flight.popleft()
         oldest.extend(self._pipe.share_outputs(cuda_stream=stream))
         self._pipe.release_outputs()

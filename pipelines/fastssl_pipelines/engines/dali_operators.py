@@ -1,21 +1,22 @@
-"""Views rendered by DALI's own operators: our draws, its pixels.
+"""Views rendered by DALI's operators, with fastssl's parameters.
 
-Every view is drawn as for the other engines (`augment.draw`) and handed to DALI sample by sample:
-what a view is still depends on (seed, epoch, index, view) alone. What DALI makes of it differs from
-fastssl's own render, which is torchvision's, in this:
+Parameters are sampled as for the other engines (`augment.draw`) and passed to DALI per sample, so a
+view is still a function of (seed, epoch, index, view). The pixels differ from fastssl's render,
+which follows torchvision, as follows:
 
-- jitter is always brightness, contrast, saturation, hue, in this order; `Params` says so too;
+- jitter is always brightness, contrast, saturation, hue, in this order, also in `Params`;
 - brightness and contrast are one map, saturation, hue and grayscale another: values are clamped
-  after these two and not after each step, and contrast keeps the mean luma of the view before it;
+  after these two instead of after each step, and contrast keeps the mean luma of the view before
+  it;
 - hue is a rotation in YIQ, not in HSV;
-- values are rounded to bytes after each operator, and resize antialiases by DALI's own filters.
+- values are rounded to bytes after each operator, and resize antialiases with DALI's filters.
 
-Crop, resize, flip, blur, solarize, normalise and erase mean the same, to the last of these.
+Crop, resize, flip, blur, solarize, normalise and erase are the same up to this rounding.
 
 Shapes: N batch, C channels, S pixels per side, V views.
 """
 # mypy: disable-error-code="attr-defined,arg-type"
-# (DALI makes its operators and constants when it is imported)
+# ^ DALI creates its operators and constants at import
 
 from collections.abc import Sequence
 from dataclasses import fields
@@ -33,24 +34,24 @@ APPROXIMATIONS = (
     " saturation, hue, values are clamped after contrast and after hue only, and rounded to bytes"
     " after each operator; render='fastssl' (the default) is torchvision's semantics"
 )
-HONOURED = frozenset(
+SUPPORTED_FIELDS = frozenset(
     "size scale ratio patch interpolation flip jitter jitter_p gray blur blur_sigma solarize"
     " solarize_threshold erase erase_scale erase_ratio mean std dtype channels_last".split()
 )
-STEPS = ("step0", "step1", "step2", "step3")
+JITTER_STEPS = ("step0", "step1", "step2", "step3")
 
 
-def require_honoured(views: Sequence[View], quality: Quality) -> None:
-    """ValueError naming the first thing that DALI's operators cannot do."""
+def require_supported(views: Sequence[View], quality: Quality) -> None:
+    """ValueError naming the first setting that DALI's operators do not support."""
     if quality != "exact":
         raise ValueError(
-            f"quality is {quality!r}: render='dali' has colour operators of its own;"
+            f"quality is {quality!r}: render='dali' has other colour operators;"
             " choose quality='exact' or render='fastssl'"
         )
     for view in views:
         for field in fields(view):
             value = getattr(view, field.name)
-            if field.name not in HONOURED and value != field.default:
+            if field.name not in SUPPORTED_FIELDS and value != field.default:
                 raise ValueError(
                     f"View.{field.name} is {value!r}: render='dali' has no operator for it;"
                     " choose render='fastssl'"
@@ -58,8 +59,8 @@ def require_honoured(views: Sequence[View], quality: Quality) -> None:
 
 
 def empty_pipeline(batch_size: int, threads: int, device: torch.device) -> Any:
-    """A DALI pipeline without operators yet, which runs when it is told to. ValueError where DALI
-    is missing."""
+    """A DALI pipeline, run by explicit calls, to which operators can be added. ValueError where
+    DALI is not installed."""
     try:
         from nvidia.dali import Pipeline
     except ImportError as error:
@@ -76,9 +77,9 @@ def empty_pipeline(batch_size: int, threads: int, device: torch.device) -> Any:
 
 
 class DaliRender:
-    """A DALI pipeline that takes decoded images and what was drawn for them, and makes `views`.
+    """A DALI pipeline that renders `views` of decoded images with given parameters.
 
-    One batch at a time; nothing stays in it between two calls.
+    One batch at a time; it keeps no state between calls.
     """
 
     def __init__(
@@ -90,9 +91,9 @@ class DaliRender:
         threads: int,
         device: torch.device,
     ) -> None:
-        require_honoured(views, quality)
+        require_supported(views, quality)
         self.views, self._device = tuple(views), device
-        self._inputs: list[list[str]] = []  # of each view: the arguments that its operators read
+        self._inputs: list[list[str]] = []  # per view: the arguments of its operators
         cuda = device.type == "cuda"
         self._pipe = empty_pipeline(batch_size, threads, device)
         from nvidia.dali import fn, types
@@ -104,7 +105,7 @@ class DaliRender:
                 dtype=types.DALIDataType.UINT8,
                 layout="HWC",
                 ndim=3,
-                no_copy=not cuda,  # a call ends when they have been read
+                no_copy=not cuda,  # a call returns after they have been read
             )
             self._pipe.set_outputs(*(self._view(images, view) for view in self.views))
         self._pipe.build()
@@ -112,24 +113,25 @@ class DaliRender:
     def views_of(
         self, images: Images, seed: int, epoch: int, index: Tensor
     ) -> tuple[list[Tensor], tuple[Params, ...]]:
-        """All views of `images` (N), called `index` (N,): V tensors (N, C, S, S), V `Params`."""
+        """All views of `images` (N), whose positions in the data set are `index` (N,). -> V tensors
+        (N, C, S, S), V `Params`"""
         index, sizes = index.cpu(), images.layout[:, 1:].cpu().unbind(1)
         params = tuple(
-            _in_order(draw(view, seed, epoch, index, v, *sizes))
+            _fixed_order(draw(view, seed, epoch, index, v, *sizes))
             for v, view in enumerate(self.views)
         )
         return self.render(images, params), params
 
     def render(self, images: Images, params: Sequence[Params]) -> list[Tensor]:
-        """The views of `images` (N) that `params` (V, on the CPU) describe. -> V (N, C, S, S)"""
+        """Render `images` (N) with `params` (V, on the CPU). -> V (N, C, S, S)"""
         cuda = self._device.type == "cuda"
-        flat = images.flat if cuda else images.flat.numpy()  # of a tensor DALI asks its GPU stream
+        flat = images.flat if cuda else images.flat.numpy()  # DALI syncs with a GPU tensor's stream
         layout = images.layout.tolist()
         self._pipe.feed_input(
             "images", [flat[at : at + h * w * 3].reshape(h, w, 3) for at, h, w in layout]
         )
-        for v, (view, drawn) in enumerate(zip(self.views, params, strict=True)):
-            arguments = _arguments(view, drawn)
+        for v, (view, sampled) in enumerate(zip(self.views, params, strict=True)):
+            arguments = _arguments(view, sampled)
             for name in self._inputs[v]:
                 self._pipe.feed_input(f"{name}{v}", arguments[name].contiguous().numpy())
         self._pipe.schedule_run()
@@ -140,20 +142,20 @@ class DaliRender:
         return views
 
     def _tensor(self, output: Any, view: View) -> Tensor:
-        """(N, C, S, S) in the view's dtype and layout; on a GPU in torch's own memory."""
+        """(N, C, S, S) in the view's dtype and memory format; on a GPU a copy in torch's memory."""
         x = torch.from_dlpack(output.as_tensor())
         x = x.permute(0, 3, 1, 2) if view.channels_last else x
         return x.to(view.dtype, copy=self._device.type == "cuda")
 
     def _view(self, images: Any, view: View) -> Any:
-        """The operators of one view: those that do something to some samples."""
+        """The operators of one view, without those that never apply."""
         from nvidia.dali import fn, types
 
         inputs: list[str] = []
         number = len(self._inputs)
         self._inputs.append(inputs)
 
-        def given(name: str) -> Any:
+        def argument(name: str) -> Any:
             inputs.append(name)
             return fn.external_source(name=f"{name}{number}")
 
@@ -161,7 +163,7 @@ class DaliRender:
             view.jitter_p > 0 and strength > 0 for strength in view.jitter
         )
         cubic = view.interpolation == "bicubic"
-        x = fn.slice(images, start=given("start"), shape=given("shape"), axes=[0, 1])
+        x = fn.slice(images, start=argument("start"), shape=argument("shape"), axes=[0, 1])
         x = fn.resize(
             x,
             size=[view.size, view.size],
@@ -172,45 +174,45 @@ class DaliRender:
             gray = fn.color_space_conversion(x, image_type=types.RGB, output_type=types.GRAY)
             x = fn.brightness_contrast(
                 x,
-                brightness=given("brightness"),
-                contrast=given("contrast"),
+                brightness=argument("brightness"),
+                contrast=argument("contrast"),
                 contrast_center=fn.reductions.mean(gray).cpu(),
             )
         elif brightness:
-            x = fn.brightness_contrast(x, brightness=given("brightness"))
+            x = fn.brightness_contrast(x, brightness=argument("brightness"))
         if saturation or hue or view.gray > 0:
-            x = fn.hsv(x, hue=given("hue"), saturation=given("saturation"))
+            x = fn.hsv(x, hue=argument("hue"), saturation=argument("saturation"))
         if view.blur > 0:
-            x = fn.gaussian_blur(x, sigma=given("sigma"), window_size=given("window"))
+            x = fn.gaussian_blur(x, sigma=argument("sigma"), window_size=argument("window"))
         if view.solarize > 0:
-            threshold = given("threshold")
+            threshold = argument("threshold")
             threshold = threshold.gpu() if self._device.type == "cuda" else threshold
             x = x ^ ((x >= threshold) * types.Constant(255).uint8())  # 255 - x
         x = fn.crop_mirror_normalize(
             x,
-            mirror=given("flip"),
+            mirror=argument("flip"),
             mean=[255 * mean for mean in view.mean],
             std=[255 * std for std in view.std],
             output_layout="HWC" if view.channels_last else "CHW",
         )
         if view.erase > 0:
-            x = fn.erase(x, anchor=given("erase_start"), shape=given("erase_shape"))
+            x = fn.erase(x, anchor=argument("erase_start"), shape=argument("erase_shape"))
         return x
 
 
-def _in_order(params: Params) -> Params:
-    """`params` with the jitter steps in the one order that DALI's operators have here."""
+def _fixed_order(params: Params) -> Params:
+    """`params` with the jitter steps in the order of the DALI operators."""
     jittered = params["step0"] >= 0
-    order = {step: torch.where(jittered, i, -1) for i, step in enumerate(STEPS)}
+    order = {step: torch.where(jittered, i, -1) for i, step in enumerate(JITTER_STEPS)}
     return params.replace(**order)
 
 
 def _arguments(view: View, params: Params) -> dict[str, Tensor]:
-    """What the operators of `view` read, each (N,) or (N, 2)."""
+    """The arguments of the operators of `view`, each (N,) or (N, 2)."""
     jittered = params["step0"] >= 0
 
-    def jitter(name: str, still: float) -> Tensor:
-        return torch.where(jittered, params[name], still)
+    def jitter(name: str, neutral: float) -> Tensor:
+        return torch.where(jittered, params[name], neutral)
 
     def pair(first: str, second: str) -> Tensor:
         return torch.stack([params[first], params[second]], dim=1)
@@ -226,8 +228,8 @@ def _arguments(view: View, params: Params) -> dict[str, Tensor]:
         "hue": 360 * jitter("hue", 0.0),  # degrees
         "saturation": torch.where(params["gray"] > 0, 0.0, jitter("saturation", 1.0)),
         "sigma": torch.where(sigma > 0, sigma, 1.0),
-        "window": (2 * radius + 1).int(),  # of 1 where there is no blur: the pixel itself
-        "threshold": 255 * params["solarize"],  # above every byte where there is none
+        "window": (2 * radius + 1).int(),  # 1 where there is no blur: the pixel itself
+        "threshold": 255 * params["solarize"],  # above every byte where there is no solarizing
         "erase_start": pair("erase_top", "erase_left"),
         "erase_shape": pair("erase_height", "erase_width"),
     }

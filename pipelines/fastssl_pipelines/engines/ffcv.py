@@ -1,8 +1,8 @@
 """Images of a .beton file, decoded by FFCV's decoder: for data sets that were converted once.
 
-FFCV's own loader decodes an image once per view, cannot resume, and draws its augmentations without
-a seed. Here its reader and decoder are called by our own threads, in our own order: each image is
-decoded once for all its views.
+FFCV's loader decodes an image once per view, cannot resume, and samples its augmentations without a
+seed. Here its reader and decoder run on threads of this engine, in the order of this engine: each
+image is decoded once for all its views.
 
 Shapes: N batch, M data set, H and W pixels.
 """
@@ -35,7 +35,7 @@ WINDOW = 16  # pages that "quasi_random" shuffles together
 
 @dataclass
 class InFlightBatch:
-    """A batch that threads are decoding: row n of `layout` will hold the image `index[n]`."""
+    """A batch that threads are decoding: image `index[n]` into `flat` at `layout[n]`."""
 
     index: Tensor  # (N,)
     buffer: Buffer
@@ -50,12 +50,12 @@ class FfcvPipeline(StreamingPipeline):
 
     source: a `Beton`, or the path of a file with an RGBImageField; other fields are not read,
     except that an IntField named "index" numbers the images where it is a permutation of range(M).
-    Else their positions do.
+    Otherwise images are numbered by position.
 
     order: "quasi_random" shuffles pages, and images within windows of WINDOW pages, for files that
     do not fit in memory: reading stays nearly sequential, and class-sorted files mix less.
-    os_cache: read through the page cache, or (False) with reads that leave nothing behind in it.
-    scaled, by default True: see `StreamingPipeline`; images stored as pixels keep their size.
+    os_cache: True reads through the page cache, False drops what was read from it. scaled,
+    on_corrupt, quota: see `StreamingPipeline`; images stored as pixels are not scaled.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class FfcvPipeline(StreamingPipeline):
             return shuffled
         pages = self.beton.page[self.beton.row]
         rank = rng.permutation(int(pages.max()) + 1, self.settings.seed, epoch).argsort()
-        window = rank[pages] // WINDOW  # (M,): of the page that holds each image
+        window = rank[pages] // WINDOW  # (M,): of the page of each image
         return shuffled[window[shuffled].argsort(stable=True)]
 
     def _decoded(
@@ -98,7 +98,7 @@ class FfcvPipeline(StreamingPipeline):
     def _start(
         self, index: Tensor, epoch: int, views: Sequence[View], buffer: Buffer
     ) -> InFlightBatch:
-        """Begin to decode the images at `index` (N,) into `buffer`."""
+        """Start decoding the images at `index` (N,) into `buffer`."""
         rows, smallest = self.beton.row[index], smallest_side(views)
         size = self.beton.size[rows]  # (N, 2)
         shrink = self._shrinks(index, epoch, size, views)
@@ -121,5 +121,6 @@ class FfcvPipeline(StreamingPipeline):
         for i, reason in zip(batch.index.tolist(), reasons, strict=True):
             if reason:
                 self.unreadable.add(self.beton.names[i], reason)
-        kept = torch.tensor([not reason for reason in reasons])
-        return batch.buffer.images(batch.flat, batch.layout[kept]), batch.index[kept]
+        readable = torch.tensor([not reason for reason in reasons])
+        images = batch.buffer.images(batch.flat, batch.layout[readable])
+        return images, batch.index[readable]

@@ -1,5 +1,4 @@
-"""The whole data set as uint8 in memory, on the GPU or on the CPU: permute, draw, render, one batch
-ahead.
+"""The data set as uint8 in memory, on a GPU or a CPU; batches are rendered ahead.
 
 Shapes: N batch, M data set, C channels, S pixels per side, V views.
 """
@@ -16,7 +15,7 @@ from fastssl_pipelines.engines.base import EngineSettings, ShuffledEpochs
 from fastssl_pipelines.prefetch import prefetch
 from fastssl_pipelines.spec import Batch, View
 
-AHEAD = 2  # batches rendered before they are asked for
+PREFETCHED = 2  # batches rendered ahead
 
 Render = Callable[[Tensor], Batch]
 
@@ -30,13 +29,13 @@ class ResidentPipeline(ShuffledEpochs):
         self._smallest_side = int(images.layout[:, 1:].min())
         self._require_patches(settings.views)
         self.images = images.to(settings.device)
-        self._side: torch.cuda.Stream | None = None  # freed memory belongs to a stream: keep one
+        self._side: torch.cuda.Stream | None = None  # one for all epochs: the allocator
+        # reuses freed memory on the same stream only
 
     def epoch(
         self, epoch: int, skip: int = 0, views: Sequence[View] | None = None
     ) -> Iterator[Batch]:
-        """Batches `skip` to the last of epoch `epoch`, each rendered while its predecessor is in
-        use."""
+        """Batches `skip` to the last of epoch `epoch`, rendered while earlier ones are in use."""
         chosen = self._views_or(views)
         self._require_patches(chosen)
         prefetched = self._on_stream if self.images.flat.is_cuda else self._on_threads
@@ -45,7 +44,7 @@ class ResidentPipeline(ShuffledEpochs):
     def batch(
         self, index: Tensor, epoch: int | Tensor, views: Sequence[View] | None = None
     ) -> Batch:
-        """All views of the images at `index` (N,) int64, as epoch `epoch` shows them.
+        """The views of the images at `index` (N,) int64 in epoch `epoch`.
 
         On a GPU no value is read back, so a CUDA graph may capture it, with `index` and `epoch` (a
         tensor of one int64) refilled before each replay.
@@ -64,7 +63,7 @@ class ResidentPipeline(ShuffledEpochs):
                 )
 
     def _on_threads(self, order: Tensor, render: Render) -> Iterator[Batch]:
-        """One thread for each batch ahead: while one prepares its batch in Python, another renders.
+        """One thread per batch ahead: while one prepares its batch in Python, another renders.
 
         The threads end with the iterator, whether it is exhausted or dropped.
         """
@@ -72,9 +71,9 @@ class ResidentPipeline(ShuffledEpochs):
         def start(index: Tensor) -> Future[Batch]:
             return threads.submit(render, index)
 
-        count = min(AHEAD, torch.get_num_threads())
+        count = min(PREFETCHED, torch.get_num_threads())
         with ThreadPoolExecutor(count, thread_name_prefix="fastssl-ahead") as threads:
-            yield from prefetch(order, start, lambda batch: batch.result(), AHEAD)
+            yield from prefetch(order, start, lambda batch: batch.result(), PREFETCHED)
 
     def _on_stream(self, order: Tensor, render: Render) -> Iterator[Batch]:
         """A side stream renders the next batch while the current stream uses this one."""
@@ -86,13 +85,13 @@ class ResidentPipeline(ShuffledEpochs):
             with torch.cuda.stream(side):
                 return render(index), side.record_event()
 
-        yield from prefetch(order, start, lambda started: _hand_over(*started), AHEAD - 1)
+        yield from prefetch(order, start, lambda started: _synchronized(*started), PREFETCHED - 1)
 
 
-def _hand_over(batch: Batch, rendered: torch.cuda.Event) -> Batch:
+def _synchronized(batch: Batch, rendered: torch.cuda.Event) -> Batch:
     """`batch`, safe to use on the current stream."""
     stream = torch.cuda.current_stream(batch.index.device)
     stream.wait_event(rendered)
     for tensor in (*batch.views, batch.index, *(p.table for p in batch.params or ())):
-        tensor.record_stream(stream)  # its memory must not be reused before that stream is done
+        tensor.record_stream(stream)  # its memory must not be reused before this stream is done
     return batch

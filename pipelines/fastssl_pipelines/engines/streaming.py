@@ -1,6 +1,6 @@
-"""What the engines that decode as they go share: the order, the views, the unreadable images.
+"""The base of the engines that decode during training: order, views and unreadable images.
 
-An engine adds one thing: how the images of a batch become pixels, one batch ahead.
+An engine adds how the images of a batch are decoded, one batch ahead.
 
 Shapes: N batch, M data set, V views.
 """
@@ -24,20 +24,20 @@ from fastssl_pipelines.sources.unreadable import (
 )
 from fastssl_pipelines.spec import Batch, View
 
-SHRINKS = (2, 4, 8)  # what libjpeg's DCT scaling divides sides by
+SHRINKS = (2, 4, 8)  # the divisors of libjpeg's DCT scaling
 
 
-def uploaded(x: Tensor, device: torch.device) -> Tensor:
-    """x on `device`; a small tensor of the host goes to a GPU without the host waiting for it."""
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """x on `device`; a host tensor is copied to a GPU without blocking the host."""
     if device.type == "cpu" or x.is_cuda:
         return x.to(device)
     return x.pin_memory().to(device, non_blocking=True)
 
 
 class Buffer:
-    """Host memory for the pixels of a batch: grows to the largest, and is used again and again.
+    """Host memory for the pixels of a batch, reused for every batch; it grows to the largest.
 
-    For a GPU it is pinned, and written again only when its copy there is complete.
+    For a GPU it is pinned, and reused only when the copy to the GPU is complete.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -46,7 +46,7 @@ class Buffer:
         self._copied: torch.cuda.Event | None = None
 
     def reserve(self, layout: Tensor) -> Tensor:
-        """Room for the pixels of images laid out so (N, 3), to be filled: (bytes,) uint8."""
+        """Memory for the images of `layout` (N, 3), uninitialised: (bytes,) uint8."""
         size = int(3 * layout[:, 1:].prod(1).sum())
         if self._copied is not None:
             self._copied.synchronize()
@@ -56,8 +56,8 @@ class Buffer:
         return self._memory[:size]
 
     def images(self, flat: Tensor, layout: Tensor) -> Images:
-        """The images that lie in `flat` so, on the device. layout: (N, 3) offset, height, width"""
-        on_device = uploaded(flat, self.device), uploaded(layout, self.device)
+        """The images that `flat` holds at `layout` (N, 3), on the device."""
+        on_device = to_device(flat, self.device), to_device(layout, self.device)
         images = Images(*on_device, same_size=is_one_size(layout))
         if self.device.type == "cuda":
             self._copied = torch.cuda.current_stream(self.device).record_event()
@@ -65,13 +65,14 @@ class Buffer:
 
 
 class StreamingPipeline(ShuffledEpochs, ABC):
-    """A `Pipeline` whose batches are decoded while their predecessors are in use.
+    """A `Pipeline` that decodes the next batch while the current one is in use.
 
     An unreadable image is left out of its batch, which is then shorter; it is never replaced. So
     the stream depends on (seed, epoch) and the data alone.
 
     scaled: decode a JPEG at 1/2, 1/4 or 1/8 (libjpeg's DCT scaling) where every crop of it still
-    has a pixel for each of its view's; crops are then drawn on the smaller image.
+    has a pixel for each pixel of its view; crops are then sampled on the smaller image. on_corrupt,
+    quota: see `UnreadableImages`.
     """
 
     def __init__(
@@ -103,31 +104,33 @@ class StreamingPipeline(ShuffledEpochs, ABC):
                 yield self._batch(images, index, epoch, views)
 
     def _batch(self, images: Images, index: Tensor, epoch: int, views: Sequence[View]) -> Batch:
-        return self._rendered(images, uploaded(index, self.device), epoch, views)
+        return self._rendered(images, to_device(index, self.device), epoch, views)
 
     def _shrinks(self, index: Tensor, epoch: int, size: Tensor, views: Sequence[View]) -> Tensor:
-        """1, 2, 4 or 8: how much smaller each image may be decoded. index (N,), size (N, 2) ->
-        (N,)"""
+        """The largest divisor 1, 2, 4 or 8 at which each image may be decoded for these views.
+
+        index (N,), size (N, 2): height and width. -> (N,)
+        """
         if not self.scaled or any(view.patch for view in views):
             return torch.ones_like(index)
         shrinks = torch.tensor(SHRINKS)[:, None]
         small = -(-size // shrinks[..., None])  # (3, N, 2)
         covers = small.amin(2) >= max(SMALLEST, *(view.size for view in views))  # (3, N)
         sizes = small[covers].unbind(1)
-        kept = torch.ones(len(sizes[0]), dtype=torch.bool)
-        for v, view in enumerate(views if len(kept) else ()):
-            drawn = draw(view, self.settings.seed, epoch, index.expand(3, -1)[covers], v, *sizes)
-            kept &= torch.minimum(drawn["height"], drawn["width"]) >= view.size
-        covers[covers.clone()] = kept
+        large_enough = torch.ones(len(sizes[0]), dtype=torch.bool)
+        for v, view in enumerate(views if len(large_enough) else ()):
+            crop = draw(view, self.settings.seed, epoch, index.expand(3, -1)[covers], v, *sizes)
+            large_enough &= torch.minimum(crop["height"], crop["width"]) >= view.size
+        covers[covers.clone()] = large_enough
         return torch.where(covers, shrinks, 1).amax(0)
 
     @abstractmethod
     def _decoded(
         self, order: Tensor, epoch: int, views: Sequence[View]
     ) -> Generator[tuple[Images, Tensor], None, None]:
-        """The readable images of each row of `order` (B, N), on the device, with their indices."""
+        """For each batch `order[b]` (N,): its readable images on the device, and their indices."""
 
 
 def smallest_side(views: Sequence[View]) -> int:
-    """The side in px that an image needs for these views."""
+    """The smallest side, in px, of an image that these views can be rendered from."""
     return max([SMALLEST, *(view.patch or 1 for view in views)])

@@ -1,1 +1,1 @@
-"""Image files: found, read, decoded, checked and converted."""
+"""Encoded images: finding, reading, decoding, checking and converting them."""

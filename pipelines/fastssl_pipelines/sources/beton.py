@@ -32,8 +32,8 @@ class Beton(Encoded):
     """A .beton file: M images in FFCV's format, version 2.
 
     row (M,): the row of image i; size (rows, 2): height and width of each row; raw (rows,): whether
-    its pixels are stored as they are; page (rows,): the page it lies in. ValueError where the file
-    is not one, or breaks off.
+    it is stored as pixels; page (rows,): the page that holds it. ValueError where the file is not
+    one, or is truncated.
     """
 
     def __init__(self, source: Any, os_cache: bool = True) -> None:
@@ -57,15 +57,15 @@ class Beton(Encoded):
         self._mapped = np.memmap(self.path, np.uint8, "r") if os_cache else None
 
     def select(self, chosen: Sequence[int]) -> "Beton":
-        """Some of these images, numbered anew."""
+        """The images at positions `chosen`, renumbered from 0."""
         part = copy.copy(self)
         part.names = [self.names[i] for i in chosen]
         part.row = self.row[torch.as_tensor(chosen, dtype=torch.int64)]
-        part._whole = self  # type: ignore[attr-defined]  # which closes the file when it goes
+        part._whole = self  # type: ignore[attr-defined]  # it closes the file when it is collected
         return part
 
     def read(self, i: int) -> Bytes:
-        """Image i as a file of its own: the JPEG, or pixels behind the header of a .ppm."""
+        """Image i as a file: the JPEG, or the pixels with a .ppm header."""
         row = int(self.row[i])
         stored = self.stored(row)
         if not self.raw[row]:
@@ -91,7 +91,7 @@ class Beton(Encoded):
         return np.frombuffer(data, np.uint8)
 
     def decode(self, row: int, shrink: int, out: Bytes, smallest: int = SMALLEST) -> str:
-        """Fill `out` with the pixels of one image at 1 / `shrink`; "", or why that failed."""
+        """Fill `out` with the pixels of one image at 1 / `shrink`. -> "" or why not"""
         height, width = self.size[row].tolist()
         try:
             require_side(height, width, smallest)
@@ -110,7 +110,7 @@ class Beton(Encoded):
 
 
 def beton_labels(source: Any) -> NDArray[np.int64] | None:
-    """The IntField "label" of a .beton, in the order of its images: (M,), or None without one."""
+    """The IntField "label" of a .beton, in the order of its images: (M,), or None."""
     path = _existing(source)
     _, reader, _, number = _open(path)
     label = _int_field(reader, "label")
@@ -118,7 +118,7 @@ def beton_labels(source: Any) -> NDArray[np.int64] | None:
 
 
 def _rows(number: NDArray[np.int64] | None, count: int) -> Tensor:
-    """The row of each image: where the index field says, if it numbers all of them. (M,)"""
+    """The row of each image (M,): by the index field where it is a permutation of range(M)."""
     if number is None or not np.array_equal(np.sort(number), np.arange(count)):
         return torch.arange(count)
     return torch.from_numpy(number.astype(np.int64)).argsort()
@@ -126,7 +126,8 @@ def _rows(number: NDArray[np.int64] | None, count: int) -> Tensor:
 
 @contextmanager
 def importing_ffcv() -> Iterator[None]:
-    """Import from ffcv in here: quiet about distutils, and with the fix where it is missing."""
+    """Context for imports from ffcv: ignores its distutils warning; ValueError where it is not
+    installed."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The distutils package", DeprecationWarning)
         try:
@@ -167,7 +168,7 @@ def _open(path: Path) -> tuple[Any, Any, Any, NDArray[np.int64] | None]:
 
 
 def _int_field(reader: Any, name: str) -> NDArray[np.int64] | None:
-    """The numbers of one field in the order of the rows, None where there is no such field."""
+    """One IntField in the order of the rows, None where there is no such field."""
     with importing_ffcv():
         from ffcv.fields import IntField
     for k, (known, handler) in enumerate(reader.handlers.items()):

@@ -1,8 +1,9 @@
-"""Convert images into what an engine reads fastest: .npy (resident), .beton (ffcv) or tar shards.
+"""Convert images into the format that an engine reads fastest: .npy (resident), .beton (ffcv) or
+tar shards.
 
-Every image is decoded once, so an unreadable one is found here and not in training. JPEGs that need
-no change are copied byte for byte. Work goes to TARGET.part and is renamed at the end; the same
-command continues after an interruption.
+Every image is decoded once, so that unreadable ones are found here and not in training. JPEGs that
+need no change are copied byte for byte. Files are written to TARGET.part, which is renamed at the
+end; the same command resumes after an interruption.
 
 Shapes: M data set, S pixels per side.
 """
@@ -45,7 +46,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Record:
-    """One converted image: where its bytes lie in the staging file, or why it was left out."""
+    """One converted image: the span of its bytes in the staging file, or why it was left out."""
 
     name: str
     offset: int = 0
@@ -59,7 +60,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Report:
-    """`written` images are in `target`; `skipped` names each other one with its reason."""
+    """`written` images are in `target`; `skipped` maps the names of the others to the reasons."""
 
     target: Path
     written: int
@@ -77,13 +78,13 @@ def convert(
     quota: float = QUOTA,
     progress: Progress = lambda done, total: None,
 ) -> Report:
-    """Write the images of `source` to `target`, verify what was written, and say what was skipped.
+    """Write the images of `source` to `target`, verify what was written, report what was skipped.
 
     source: what `open_encoded` takes, or an .npz with `x_train` (M, S, S, 3) uint8. target:
     NAME.npy for squares of `size` px in one array; NAME.beton for FFCV; NAME without a suffix for a
     folder of webdataset shards. size: the shorter side of larger images is reduced to it; None
-    keeps them. quality: of the JPEGs that have to be encoded. ValueError and OSError leave no
-    target behind.
+    changes none. quality: of the JPEGs that have to be encoded. No target exists after a ValueError
+    or an OSError.
     """
     target = Path(target).expanduser()
     for name, value, low, high in (
@@ -151,7 +152,8 @@ def _kind(target: Path, size: int | None, images: Encoded) -> str:
 
 @contextmanager
 def _staging(target: Path, settings: list[Any]) -> Iterator[Path]:
-    """The folder TARGET.part. It stays after an interruption, for the same settings to go on."""
+    """The folder TARGET.part. It remains after an interruption, so that a run with the same
+    settings resumes."""
     part = target.with_name(target.name + ".part")
     stamp = json.dumps(settings)
     if part.exists() and (not (f := part / "settings").is_file() or f.read_text() != stamp):
@@ -178,7 +180,7 @@ def _stage(
     unreadable: UnreadableImages,
     progress: Progress,
 ) -> list[Record]:
-    """Records of all images, whose bytes are then in `part`/data."""
+    """Write the bytes of all images to `part`/data. -> their records"""
     records = _recorded(part)
     for record in records:
         if record.reason:
@@ -211,22 +213,22 @@ def _stage(
 
 
 def _recorded(part: Path) -> list[Record]:
-    """What an earlier run completed."""
+    """The records that an earlier run completed."""
     path = part / "records"
     if not path.is_file():
         return []
-    lines = path.read_text().split("\n")[:-1]  # the last line may have been cut off
+    lines = path.read_text().split("\n")[:-1]  # the last line may be truncated
     size = (part / "data").stat().st_size
     records = [Record(**json.loads(line)) for line in lines]
-    whole = next((k for k, r in enumerate(records) if r.offset + r.length > size), len(records))
-    path.write_text("".join(line + "\n" for line in lines[:whole]))
-    return records[:whole]
+    complete = next((k for k, r in enumerate(records) if r.offset + r.length > size), len(records))
+    path.write_text("".join(line + "\n" for line in lines[:complete]))
+    return records[:complete]
 
 
 def _converted(
     images: Encoded, i: int, kind: str, size: int | None, quality: int
 ) -> tuple[Record, bytes]:
-    """Image i as it will be stored, or the reason why it cannot be."""
+    """Image i as it will be stored, or the reason why it cannot be read."""
     name, class_name = images.names[i], images.class_name(i)
     try:
         if isinstance(images, _Arrays):
@@ -286,7 +288,7 @@ def _pack(kind: str, part: Path, records: Sequence[Record]) -> Path:
 
 
 def _pack_npy(path: Path, records: Sequence[Record]) -> Path:
-    """The staging file itself, with its header filled in."""
+    """The staging file, with its header filled in."""
     shapes = {(record.height, record.width) for record in records}
     if len(shapes) > 1:
         raise ValueError("an .npy holds squares of one size: give it, such as --size 256")
@@ -303,7 +305,7 @@ def _pack_npy(path: Path, records: Sequence[Record]) -> Path:
 def _pack_beton(
     path: Path, data: Bytes, records: Sequence[Record], labels: list[int] | None
 ) -> Path:
-    """Through FFCV's writer, in this process: an error ends it, where its workers would hang."""
+    """Through FFCV's writer, in this process: on an error its workers would hang."""
     with importing_ffcv():
         from ffcv.fields import IntField, RGBImageField
         from ffcv.memory_allocator import MemoryAllocator
@@ -319,7 +321,7 @@ def _pack_beton(
         memory[:] = data[record.offset : record.offset + record.length]
 
     image = RGBImageField(write_mode="jpg")
-    image.encode = store  # it would decode and encode again
+    image.encode = store  # the field would decode and encode again
     fields = {"image": image, "index": IntField()}
     if labels is not None:
         fields["label"] = IntField()
@@ -368,7 +370,7 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def _verify(kind: str, packed: Path, records: Sequence[Record]) -> None:
-    """ValueError unless every image reads back, bit for bit, through the engine's own reader."""
+    """ValueError unless every image reads back, bit for bit, with the reader of its engine."""
     read: Callable[[int], Bytes]
     if kind == "npy":
         array: NDArray[np.uint8] = np.load(packed, mmap_mode="r")

@@ -1,4 +1,4 @@
-"""What training would meet in a data set: every image is decoded once, in parallel, and counted."""
+"""Decode every image of a data set in parallel and report problems."""
 
 import os
 from collections import Counter
@@ -24,7 +24,7 @@ from fastssl_pipelines.sources.image_files import (
 
 @dataclass(frozen=True)
 class Finding:
-    """One image: its size, what reads it, its EXIF orientation; or why it cannot be read."""
+    """One image: its size, which decoders read it, its EXIF orientation; or why none does."""
 
     height: int = 0
     width: int = 0
@@ -40,11 +40,11 @@ class Diagnosis:
     count: int
     unreadable: dict[str, str]
     readers: Counter[str]
-    rotated: int  # images with an EXIF orientation other than upright, which training ignores
+    rotated: int  # have an EXIF orientation, which training ignores by default
     sides: list[tuple[int, int]]
 
     def lines(self) -> list[str]:
-        """For people, the worst first."""
+        """A readable report, problems first."""
         text = [f"unreadable: {name}: {reason}" for name, reason in self.unreadable.items()]
         share = len(self.unreadable) / self.count
         text.append(f"{self.count} images, {len(self.unreadable)} unreadable ({share:.2%})")
@@ -64,7 +64,7 @@ def diagnose(
     workers: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Diagnosis:
-    """Decode all images of `source`, a .beton or what `open_encoded` takes, and count what is met.
+    """Decode all images of `source`, a .beton or what `open_encoded` takes, and report problems.
 
     ValueError where there are no images at all.
     """

@@ -1,6 +1,6 @@
-"""Encoded images of a folder, of tar shards or in memory, indexed once: names, and bytes on demand.
+"""Encoded images of a folder, of tar shards or in memory: indexed once, read on demand.
 
-The index gives every image a number that stays the same from run to run, so that the engines own
+The index gives each image a number that is the same in every run, so that an engine can determine
 the order of an epoch: exact skip, disjoint shards, and a shuffle over the whole data set rather
 than a window of it.
 
@@ -27,7 +27,7 @@ SMALLEST = 2  # px: sides of an image that views can be rendered from
 SOI, EOI, START_OF_SCAN, ADOBE = 0xD8, 0xD9, 0xDA, 0xEE
 FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, extended, progressive; Huffman coded
 NO_FRAME = {0xC4, 0xC8, 0xCC}  # of the markers between 0xC0 and 0xCF
-WITHOUT_LENGTH = {0x01, 0xFF, *range(0xD0, 0xD8)}  # none belongs before the first scan
+WITHOUT_LENGTH = {0x01, 0xFF, *range(0xD0, 0xD8)}  # not valid before the first scan
 ORIENTATION = 0x0112  # the EXIF tag
 
 
@@ -44,8 +44,8 @@ class FileSpan(NamedTuple):
 
 
 class Encoded:
-    """M encoded images. `names[i]` is image i's path, with that of its tar before it; `read(i)` its
-    bytes."""
+    """M encoded images. `names[i]` is the path of image i, prefixed with that of its tar; `read(i)`
+    returns its bytes."""
 
     def __init__(self, names: Sequence[str], spans: Sequence[FileSpan | bytes]) -> None:
         self.names, self._spans = names, spans
@@ -54,8 +54,7 @@ class Encoded:
         return len(self.names)
 
     def read(self, i: int) -> Bytes:
-        """The encoded bytes of image i. UnreadableError where its file cannot be opened any
-        more."""
+        """The encoded bytes of image i. UnreadableError where its file cannot be opened."""
         span = self._spans[i]
         if isinstance(span, bytes):
             return np.frombuffer(span, np.uint8)
@@ -65,15 +64,15 @@ class Encoded:
             raise UnreadableError(f"the file cannot be opened: {error.strerror}") from error
 
     def select(self, chosen: Sequence[int]) -> "Encoded":
-        """Some of these images, numbered anew."""
+        """The images at positions `chosen`, renumbered from 0."""
         return Encoded([self.names[i] for i in chosen], [self._spans[i] for i in chosen])
 
     def class_name(self, i: int) -> str:
-        """The folder that image i lies in, "" where it has none: its class, by convention."""
+        """The name of the folder of image i, by convention its class; "" where it has none."""
         return Path(self.names[i].rpartition(":")[2]).parent.name
 
     def fingerprint(self) -> list[Any]:
-        """What changes when the images do: names, sizes and times of change of the files."""
+        """Changes when the images do: the names, sizes and modification times of their files."""
         files = sorted({span.file for span in self._spans if isinstance(span, FileSpan)})
         stats = [(str(file), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
         return [len(self), *stats]
@@ -83,8 +82,8 @@ def open_encoded(source: Any) -> Encoded:
     """The index of `source`: a folder of images or of tar shards, a .tar, a list of either, or a
     list of bytes.
 
-    Images are numbered in the order of their sorted names; members of tars (webdataset shards) in
-    their order there. ValueError where there are none.
+    Images are numbered by sorted name; members of tars (webdataset shards) by their order in the
+    tar. ValueError where there are none.
     """
     if isinstance(source, Encoded):
         return source
@@ -154,11 +153,11 @@ def _members(shards: Sequence[Path]) -> Encoded:
 def plain_jpeg(data: Bytes) -> tuple[int, int] | None:
     """(height, width) of a complete 8-bit gray or YCbCr JPEG, which all decoders read alike.
 
-    None for anything else: other formats and colour spaces, and files that break off.
+    None for anything else: other formats and colour spaces, and truncated files.
     """
     if len(data) < 4 or data[0] != 0xFF or data[1] != SOI:
         return None
-    if data[-2] != 0xFF or data[-1] != EOI:  # padding behind it is rare, and left to Pillow
+    if data[-2] != 0xFF or data[-1] != EOI:  # trailing padding is rare, and left to Pillow
         return None
     view, at, size = data.data, 2, None
     while at + 4 <= len(view):
@@ -182,12 +181,12 @@ def plain_jpeg(data: Bytes) -> tuple[int, int] | None:
 def decode(
     data: Bytes, *, oriented: bool = False, smallest: int = SMALLEST, shrink: int = 1
 ) -> Bytes:
-    """Any image Pillow reads -> (H, W, 3) uint8 RGB; UnreadableError with the reason for all
+    """Any image that Pillow reads -> (H, W, 3) uint8 RGB; UnreadableError with the reason for all
     others.
 
-    CMYK is converted, 16 bits are shifted to 8, gray is repeated, alpha is dropped. oriented: turn
-    the image as its EXIF tag says; torchvision and the default do not. shrink 2, 4 or 8: a JPEG at
-    that part of its size, ceil(H / shrink) x ceil(W / shrink), by libjpeg's DCT scaling.
+    CMYK is converted, 16 bits are shifted to 8, gray is repeated, alpha is dropped. oriented: apply
+    the EXIF orientation, which torchvision and the default ignore. shrink: 2, 4 or 8 decodes a JPEG
+    to ceil(H / shrink) x ceil(W / shrink) by libjpeg's DCT scaling.
     """
     from PIL import Image, ImageOps
 
@@ -195,14 +194,14 @@ def decode(
         raise UnreadableError("the file is empty")
     try:
         with Image.open(io.BytesIO(data.tobytes())) as image:
-            if shrink > 1:  # Pillow takes the largest scale that still gives this size: shrink
+            if shrink > 1:  # Pillow takes the largest divisor that still gives this size: shrink
                 image.draft(None, (image.width // shrink, image.height // shrink))
             upright = ImageOps.exif_transpose(image) if oriented else image
             pixels = _rgb(upright)
     except Image.UnidentifiedImageError:
         start = data[:8].tobytes()
         raise UnreadableError(f"not an image: it starts with {start!r}") from None
-    except Exception as error:  # Pillow's plug-ins raise what they like on a corrupt file
+    except Exception as error:  # Pillow's plug-ins raise any exception on a corrupt file
         raise UnreadableError(str(error)) from error
     require_side(pixels.shape[0], pixels.shape[1], smallest)
     return pixels
@@ -224,7 +223,7 @@ def exif_orientation(data: Bytes) -> int:
     try:
         with Image.open(io.BytesIO(data.tobytes())) as image:
             value = image.getexif().get(ORIENTATION, 1)
-    except Exception:  # Pillow's plug-ins raise what they like on a corrupt file
+    except Exception:  # Pillow's plug-ins raise any exception on a corrupt file
         return 1
     return value if value in range(1, 9) else 1
 

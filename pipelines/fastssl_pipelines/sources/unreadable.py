@@ -1,4 +1,4 @@
-"""What became of images that cannot be read: each named once with its reason, counted, limited."""
+"""The images of a data set that cannot be read: each logged once with its reason, up to a quota."""
 
 import logging
 from typing import Literal
@@ -10,11 +10,11 @@ QUOTA = 0.01  # share of the data set
 
 
 class UnreadableDataError(ValueError):
-    """Training must not go on without these images."""
+    """More images are unreadable than the caller accepts."""
 
 
 class UnreadableImages:
-    """The unreadable images of a data set: `reasons[name]` says why.
+    """The unreadable images of a data set: `reasons[name]` is the reason.
 
     on_corrupt: "skip" leaves an image out of its batch, until more than the share `quota` of the
     data is unreadable; "stop" raises UnreadableDataError at the first one.
@@ -29,7 +29,7 @@ class UnreadableImages:
         self.reasons: dict[str, str] = {}
 
     def add(self, name: str, reason: str) -> None:
-        """Note one unreadable image. UnreadableDataError where that is one too many."""
+        """Record one unreadable image. UnreadableDataError as `on_corrupt` and `quota` require."""
         if name in self.reasons:
             return
         self.reasons[name] = reason

@@ -1,4 +1,4 @@
-"""Views on the CPU: a few threads that run compiled loops, the GIL released, no worker processes.
+"""Views on the CPU: a few threads run compiled loops without the GIL; no worker processes.
 
 Shapes: N batch, G groups of it, C channels, S pixels per side.
 """
@@ -19,18 +19,18 @@ from torch import Tensor
 
 from fastssl_pipelines.augment import sample_params
 from fastssl_pipelines.augment.color_matrix import color_maps
-from fastssl_pipelines.augment.cpu.kernels import draw_range, render_range
+from fastssl_pipelines.augment.cpu.kernels import render_range, sample_range
 from fastssl_pipelines.augment.image_batch import Images
 from fastssl_pipelines.spec import View
 
-BUFFERS = 8  # at most so many outputs are kept to be used again
-UNUSED = 3  # references to a buffer that no tensor holds: the deque's, the loop's, the call's
-DRAWS = 2048  # views that one thread draws before another is worth waking
-PIXELS = 16384  # what a thread takes at a time: one that is done early takes over more
+MAX_BUFFERS = 8  # outputs held for reuse
+UNUSED_REFCOUNT = 3  # of a buffer that no tensor holds: by the deque, the loop and the call
+VIEWS_PER_TASK = 2048  # sampling fewer views costs less than waking a thread
+PIXELS_PER_TASK = 16384  # small, for load balance
 
-_buffers: deque[np.ndarray] = deque(maxlen=BUFFERS)
+_buffers: deque[np.ndarray] = deque(maxlen=MAX_BUFFERS)
 _buffers_lock = Lock()
-_calls: list[object] = []  # one entry for each call that runs now
+_calls: list[object] = []  # one entry for each call in progress
 
 
 def draw(
@@ -40,8 +40,10 @@ def draw(
     columns = len(sample_params.COLUMNS)
     table = torch.empty(len(views), len(index), columns)
     numbers = np.array([sample_params.view_numbers(view) for view in views])
-    arguments = (table.view(-1, columns), index.contiguous(), layout.contiguous())
-    _share(draw_range, len(views) * len(index), DRAWS, arguments, first, seed, int(epoch), numbers)
+    tensors = (table.view(-1, columns), index.contiguous(), layout.contiguous())
+    rows = len(views) * len(index)
+    key = (first, seed, int(epoch))
+    _run_in_parallel(sample_range, rows, VIEWS_PER_TASK, tensors, *key, numbers)
     return table
 
 
@@ -54,10 +56,10 @@ def render(images: Images, table: Tensor, view: View, quality: str) -> Tensor:
     affine = quality == "affine"
     rows = table.reshape(-1, columns)
     colors = color_maps(rows) if affine else rows[:0, :12]
-    _share(
+    _run_in_parallel(
         render_range,
         groups * count,
-        max(1, PIXELS // size**2),
+        max(1, PIXELS_PER_TASK // size**2),
         (images.flat, images.layout.contiguous(), rows),
         affine,
         colors.contiguous().numpy(),
@@ -71,37 +73,37 @@ def render(images: Images, table: Tensor, view: View, quality: str) -> Tensor:
 
 
 def _empty(count: int) -> Tensor:
-    """float32 (count,), in memory of an earlier batch that nobody looks at any more, if there is
-    any.
+    """float32 (count,), in the memory of an earlier batch that is no longer referenced, if there is
+    one.
 
-    The first touch of fresh pages costs as much time as rendering small views into them.
+    The first touch of new pages takes as long as rendering small views into them.
     """
     with _buffers_lock:
         for buffer in _buffers:
-            if buffer.size == count and sys.getrefcount(buffer) == UNUSED:
+            if buffer.size == count and sys.getrefcount(buffer) == UNUSED_REFCOUNT:
                 return torch.from_numpy(buffer)  # holds a reference for as long as it lives
         _buffers.append(np.empty(count, np.float32))
         return torch.from_numpy(_buffers[-1])
 
 
-def _share(
+def _run_in_parallel(
     kernel: Any, count: int, grain: int, tensors: tuple[Tensor, ...], *arguments: Any
 ) -> None:
-    """kernel(taken, count, grain, *tensors, *arguments) on this thread and on helpers, which take
-    `grain` of `count` rows at a time until none is left.
+    """kernel(counter, count, grain, *tensors, *arguments) on this thread and on helpers, which
+    process `grain` of `count` rows at a time.
 
-    The calls that run at one time use as many threads as torch does, in sum: more than there are
-    cores would wait for one another.
+    Concurrent calls together use as many threads as torch does: with more threads than cores they
+    would wait for one another.
     """
-    taken = np.zeros(1, np.int64)
-    shared = (taken, count, grain, *(tensor.numpy() for tensor in tensors), *arguments)
+    counter = np.zeros(1, np.int64)
+    shared = (counter, count, grain, *(tensor.numpy() for tensor in tensors), *arguments)
     _calls.append(kernel)
     try:
         threads = min(torch.get_num_threads() // len(_calls), -(-count // grain))
         helpers = [_helpers(os.getpid()).submit(kernel, *shared) for _ in range(1, threads)]
         kernel(*shared)
         for helper in helpers:
-            if not helper.cancel():  # it has begun
+            if not helper.cancel():  # it has started
                 helper.result()
     finally:
         _calls.pop()
@@ -109,5 +111,5 @@ def _share(
 
 @cache
 def _helpers(process: int) -> ThreadPoolExecutor:
-    """One pool for this process: a forked child has not got its parent's threads."""
+    """One pool per process: a forked child does not inherit the threads of its parent."""
     return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="fastssl-views")

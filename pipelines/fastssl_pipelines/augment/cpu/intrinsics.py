@@ -1,12 +1,13 @@
-"""Weighted sums of neighbouring numbers, a vector at a time: operations for `kernels.py`.
+"""Operations for `kernels.py` that numba does not have: weighted sums of neighbours in vectors,
+prefetching, atomic addition.
 
-LLVM's loop vectoriser does not find these by itself: it sees four floats of a pixel, or one of many
-neighbours, per turn of a loop. They are written in LLVM's own vectors, which every processor has.
-None of them checks a bound: their callers leave room for the last vector.
+LLVM's loop vectoriser does not find the sums by itself: it sees four floats of a pixel, or one of
+many neighbours, per iteration. They use LLVM's generic vectors, which every processor supports.
+None checks bounds: callers allocate room for the last vector.
 """
 
 # mypy: disable-error-code="no-untyped-def"
-# ^ these functions write programs; numba infers the types in them
+# ^ these functions generate code; numba infers the types in it
 
 from functools import partial, reduce
 
@@ -14,8 +15,8 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-LANES = 32  # floats made at a time, in as many registers as that takes
-LINE = 16  # floats, of most processors' caches
+LANES = 32  # floats computed at a time, in as many registers as they need
+LINE = 16  # floats of a cache line of 64 bytes
 
 
 def _vector(builder, lanes, array, offset):
@@ -37,7 +38,7 @@ def _scale(builder, lanes, number, vector):
 
 
 def _data(context, builder, signature, arguments):
-    """The arguments, arrays as pointers to their data."""
+    """The arguments, with arrays as pointers to their data."""
     return [
         context.make_array(kind)(context, builder, value).data
         if isinstance(kind, types.Array)
@@ -47,7 +48,7 @@ def _data(context, builder, signature, arguments):
 
 
 def _sum(builder, term, count):
-    """term(0) + ... + term(count - 1), `count` a constant of Python or a number of the program."""
+    """term(0) + ... + term(count - 1); `count`: a Python int, or a value of the generated code."""
     if isinstance(count, int):
         terms = [term(ir.Constant(ir.IntType(64), k)) for k in range(count)]
         return reduce(partial(builder.fadd, flags=("contract",)), terms)
@@ -60,17 +61,17 @@ def _sum(builder, term, count):
 
 
 @intrinsic
-def weigh_bytes(typing, out, o, flat, i, apart, weight, j, count):
-    """LANES of out from `o` on: the sum of weight[j + k] * flat[i + k * apart] over k < count."""
+def weigh_bytes(typing, out, o, flat, i, spacing, weight, j, count):
+    """LANES of out from `o` on: the sum of weight[j + k] * flat[i + k * spacing] over k < count."""
     intp = types.intp
     signature = types.none(out, intp, flat, intp, intp, weight, intp, intp)
 
     def generate(context, builder, signature, arguments):
-        out, o, flat, i, apart, weight, j, count = _data(context, builder, signature, arguments)
+        out, o, flat, i, spacing, weight, j, count = _data(context, builder, signature, arguments)
         kind = ir.VectorType(ir.IntType(8), LANES).as_pointer()
 
         def term(k):
-            start = builder.gep(flat, [builder.add(i, builder.mul(k, apart))])
+            start = builder.gep(flat, [builder.add(i, builder.mul(k, spacing))])
             values = builder.load(builder.bitcast(start, kind), align=1)
             floats = builder.uitofp(values, ir.VectorType(ir.FloatType(), LANES))
             number = builder.load(builder.gep(weight, [builder.add(j, k)]))
@@ -131,8 +132,8 @@ def weigh_pairs(typing, out, o, source, i, weight, before, after, count):
 
 
 @intrinsic
-def fetch(typing, array, i, count):
-    """Have the processor bring array[i : i + count] into its cache, to be written soon."""
+def prefetch_for_write(typing, array, i, count):
+    """Prefetch array[i : i + count] into the cache, for writing."""
     signature = types.none(array, types.intp, types.intp)
 
     def generate(context, builder, signature, arguments):
@@ -142,11 +143,11 @@ def fetch(typing, array, i, count):
         prefetch = builder.module.declare_intrinsic(
             "llvm.prefetch", [byte], ir.FunctionType(ir.VoidType(), [byte, *numbers])
         )
-        write, keep, data = (ir.Constant(ir.IntType(32), n) for n in (1, 3, 1))
+        write, locality, data = (ir.Constant(ir.IntType(32), n) for n in (1, 3, 1))
         lines = builder.udiv(builder.add(count, count.type(LINE)), count.type(LINE))
         with cgutils.for_range(builder, lines) as loop:
             start = builder.gep(array, [builder.add(i, builder.mul(loop.index, count.type(LINE)))])
-            builder.call(prefetch, [builder.bitcast(start, byte), write, keep, data])
+            builder.call(prefetch, [builder.bitcast(start, byte), write, locality, data])
         return context.get_dummy_value()
 
     return signature, generate

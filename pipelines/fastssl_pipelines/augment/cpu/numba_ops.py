@@ -11,9 +11,9 @@ import numpy as np
 
 from fastssl_pipelines import rng
 from fastssl_pipelines.augment import pixel_ops, sample_params
-from fastssl_pipelines.augment.retarget import rebind
+from fastssl_pipelines.augment.retarget import retarget
 
-RELAXED = {"contract", "reassoc", "arcp", "nsz", "nnan", "ninf"}  # lets sums and selects vectorise
+RELAXED = {"contract", "reassoc", "arcp", "nsz", "nnan", "ninf"}  # so that loops vectorise
 
 ZERO, HALF, ONE, TWO = (np.float32(x) for x in (0, 0.5, 1, 2))
 
@@ -31,19 +31,19 @@ def _single(number: float) -> Any:
     return np.float32(number) if isinstance(number, float) else number
 
 
-_DRAWS = {
+_SAMPLING = {
     "number": exact(lambda numbers, which: numbers[which]),
     "put": _put,
     "real": exact(lambda word: np.float64(word)),
     "indicator": exact(lambda condition: 1.0 if condition else 0.0),
-    "some": exact(lambda condition: condition),
+    "any_true": exact(lambda condition: condition),
     "sqrt": exact(lambda x: np.sqrt(x)),
     "floor": exact(lambda x: np.floor(x)),
     "where": exact(lambda condition, x, y: x if condition else y),
 }
-_PIXELS = {
+_PIXEL_OPS = {
     "get": fast(lambda row, column: row[column]),
     "where": fast(lambda condition, x, y: x if condition else y),
 }
-of_views = SimpleNamespace(**rebind([rng, sample_params], _DRAWS, exact, lambda number: number))
-of_pixels = SimpleNamespace(**rebind([pixel_ops], _PIXELS, fast, _single))
+of_views = SimpleNamespace(**retarget([rng, sample_params], _SAMPLING, exact, lambda x: x))
+of_pixels = SimpleNamespace(**retarget([pixel_ops], _PIXEL_OPS, fast, _single))

@@ -1,4 +1,4 @@
-"""Which pixels of a crop make a pixel of the view, and how much: numba.
+"""Resampling taps: which pixels of a crop contribute to a pixel of the view, with which weights.
 
 Shapes: S pixels per side.
 """
@@ -14,14 +14,14 @@ triangle, cubic = of_pixels.triangle, of_pixels.cubic
 
 
 @fast
-def most_taps(longest, size, bicubic):
-    """The most taps that a pixel of a view of a crop up to `longest` can have."""
+def max_taps(longest, size, bicubic):
+    """An upper bound on the taps of a pixel of the view, for crops up to `longest` px."""
     return (4 if bicubic else 2) * max(1, -(-longest // size)) + 2
 
 
 @fast
-def _fill_pairs(length, scale, size, flip, gain, first, count, weight, room):
-    """`fill_taps` of a bilinear enlargement, where two neighbours make a pixel."""
+def _fill_pairs(length, scale, size, flip, gain, first, count, weight, taps):
+    """`fill_taps` for bilinear enlargement, where a pixel has two taps."""
     last = np.float32(length - 1)
     for i in range(size):
         source = min(max((np.float32(i) + HALF) * scale - HALF, ZERO), last)
@@ -29,29 +29,29 @@ def _fill_pairs(length, scale, size, flip, gain, first, count, weight, room):
         share = gain * (source - np.float32(low))
         o = size - 1 - i if flip else i
         first[o], count[o] = low, 2
-        weight[o * room], weight[o * room + 1] = gain - share, share
+        weight[o * taps], weight[o * taps + 1] = gain - share, share
     return 2
 
 
 @fast
-def fill_taps(length, size, bicubic, flip, gain, first, count, weight, room):
-    """Which of `length` pixels make each of S pixels, and how much; the most taps of any.
+def fill_taps(length, size, bicubic, flip, gain, first, count, weight, taps):
+    """Fill in the taps of S output pixels among `length` source pixels. -> the largest count
 
-    first (S,), count (S,), weight (S * `room`): zero from `count` on.
+    first (S,), count (S,), weight (S * `taps`): zero from `count` on.
     """
     scale = np.float32(length) / np.float32(size)
     if scale <= ONE and not bicubic and length > 1:
-        return _fill_pairs(length, scale, size, flip, gain, first, count, weight, room)
+        return _fill_pairs(length, scale, size, flip, gain, first, count, weight, taps)
     stretch = max(scale, ONE)  # antialias
     support = stretch * (TWO if bicubic else ONE)
     closer = ONE / stretch
-    most = 2
+    max_count = 2
     for i in range(size):
         center = (np.float32(i) + HALF) * scale
         low = max(0, int(np.floor(center - support + HALF)))
         high = min(length, int(np.floor(center + support + HALF)))
         o = size - 1 - i if flip else i
-        j = o * room
+        j = o * taps
         total = ZERO
         for k in range(high - low):
             distance = (np.float32(low + k) + HALF - center) * closer
@@ -63,8 +63,8 @@ def fill_taps(length, size, bicubic, flip, gain, first, count, weight, room):
             weight[j + k] *= share
         first[o] = low
         count[o] = high - low
-        most = max(most, high - low)
+        max_count = max(max_count, high - low)
     for o in range(size):
-        for k in range(count[o], most):
-            weight[o * room + k] = ZERO
-    return most
+        for k in range(count[o], max_count):
+            weight[o * taps + k] = ZERO
+    return max_count

@@ -1,15 +1,15 @@
-"""The Triton kernels of `cuda.py`: one draws parameters, two render views, one blurs them.
+"""The Triton kernels: one samples parameters, two render views, one blurs them.
 
-A program renders one view. Resampling is two products with matrices of weights, out = Wy @ image @
-Wx^T, a window of the source at a time, whatever the scale: antialias costs no extra code. The
+A program renders one view. Resampling is two products with weight matrices, out = Wy @ image @
+Wx^T, one window of the source at a time, for any scale: antialias needs no extra code. The
 Gaussian blur is the same with other weights. The operands are fp16 (bytes are exact in it, weights
 carry 11 bits), the sums fp32.
 
-Up to 32 px a view is one tile in registers, blur and all. Above, a program walks over tiles, twice
-where a contrast step needs the mean first, and leaves views that will be blurred as bytes for a
+Up to 32 px a view is one tile in registers, including its blur. Above, a program loops over tiles,
+twice where a contrast step needs the mean first, and stores views to be blurred as bytes for a
 second kernel.
 
-Shapes: N batch, G views of one look, S pixels per side, B tile side, W window side.
+Shapes: N batch, G views rendered together, S pixels per side, B tile side, W window side.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -23,7 +23,7 @@ import triton.language as tl
 from fastssl_pipelines import rng
 from fastssl_pipelines.augment import pixel_ops, sample_params
 from fastssl_pipelines.augment.reference import BLUR_REACH
-from fastssl_pipelines.augment.retarget import rebind
+from fastssl_pipelines.augment.retarget import retarget
 
 
 @triton.jit
@@ -42,7 +42,7 @@ def _real(word):
 
 
 @triton.jit
-def _some(condition):
+def _any_true(condition):
     return tl.max(condition.to(tl.int32), axis=0) > 0
 
 
@@ -87,7 +87,7 @@ _primitives = {
     "put": _put,
     "real": _real,
     "indicator": _real,
-    "some": _some,
+    "any_true": _any_true,
     "sqrt": _sqrt,
     "floor": _floor,
     "where": _where,
@@ -99,13 +99,15 @@ _primitives = {
 
 
 def _constant(number: float) -> object:
-    """A global that kernels may read. The interpreter wants it bare: constexpr * tensor fails in
-    it."""
+    """A global that kernels may read; a plain number for the interpreter, where constexpr * tensor
+    fails."""
     return tl.constexpr(number) if isinstance(_number, triton.JITFunction) else number
 
 
-_f = SimpleNamespace(**rebind([rng, sample_params, pixel_ops], _primitives, triton.jit, _constant))
-draw_view = _f.draw_view
+_f = SimpleNamespace(
+    **retarget([rng, sample_params, pixel_ops], _primitives, triton.jit, _constant)
+)
+sample_view = _f.sample_view
 adjust, recolor, tone, finish = _f.adjust, _f.recolor, _f.tone, _f.finish
 clamp, luma = _f.clamp, _f.luma
 triangle, cubic = _f.triangle, _f.cubic
@@ -117,20 +119,20 @@ ERASE_HEIGHT, ERASE_WIDTH = _f.ERASE_HEIGHT, _f.ERASE_WIDTH
 
 
 @triton.jit
-def _draw_kernel(
+def _sample_kernel(
     table_ptr, index_ptr, layout_ptr, numbers_ptr, key_ptr, first, N, COLUMNS: tl.constexpr,
     NUMBERS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     view = tl.program_id(1)
     sample = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    sample = tl.minimum(sample, N - 1)  # lanes past the end repeat the last sample
+    sample = tl.minimum(sample, N - 1)  # lanes beyond the end repeat the last sample
     row = table_ptr + (view.to(tl.int64) * N + sample) * COLUMNS
     index = tl.load(index_ptr + sample)
     height = tl.load(layout_ptr + 3 * sample + 1).to(tl.float64)
     width = tl.load(layout_ptr + 3 * sample + 2).to(tl.float64)
     seed, epoch = tl.load(key_ptr), tl.load(key_ptr + 1)
     numbers = numbers_ptr + view * NUMBERS
-    draw_view(row, index, index * 0 + (first + view), seed, epoch, height, width, numbers)
+    sample_view(row, index, index * 0 + (first + view), seed, epoch, height, width, numbers)
 
 
 @triton.jit
@@ -201,20 +203,19 @@ def _resample(
 
 @triton.jit
 def _luma_sum(r, g, b, row, y, x, SIZE: tl.constexpr):
-    """Sum of the luma that the contrast step will meet, over the pixels of a tile inside the
-    view."""
-    ahead = 1
+    """Sum of the luma before the contrast step, over the pixels of a tile inside the view."""
+    before = 1
     for slot in range(4):
         step = _get(row, STEP0 + slot)
-        ahead = tl.where(step == 1, 0, ahead)
-        r, g, b = adjust(tl.where(ahead == 1, step, -1.0), r, g, b, 0.0, row)
+        before = tl.where(step == 1, 0, before)
+        r, g, b = adjust(tl.where(before == 1, step, -1.0), r, g, b, 0.0, row)
     inside = (y < SIZE)[:, None] & (x < SIZE)[None, :]
     return tl.sum(tl.where(inside, luma(r, g, b), 0.0))
 
 
 @triton.jit
 def _color(r, g, b, row, mean, color_ptr, AFFINE: tl.constexpr):
-    """The colour steps in this view's order, or one map for all of them; then what `tone` does."""
+    """The colour steps in the order of this view, or one affine map for all; then `tone`."""
     if AFFINE:
         r, g, b = recolor(r, g, b, color_ptr)
     else:
