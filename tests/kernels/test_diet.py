@@ -16,6 +16,7 @@ from bench.measure import measure
 from fastssl_kernels import DIETHead, _class_update
 from fastssl_kernels._class_update import class_statistics_updating
 from fastssl_kernels._dispatch import interpreted
+from fastssl_kernels._triton import class_update as update_kernels
 from tests.helpers.gloo import on_ranks
 from tests.helpers.numerics import relative_error
 from tests.helpers.offline_compile import Kernel, assert_ships, compile_offline
@@ -477,7 +478,7 @@ def test_every_update_tile_compiles_without_spills() -> None:
     found = []
     for cc in (80, 90, 100):
         for name, dtype in (("*bf16", torch.bfloat16), ("*fp32", torch.float32)):
-            tile = _class_update.update_tile(torch.empty(0, dtype=dtype))
+            tile = update_kernels.tile(torch.empty(0, dtype=dtype))
             sides = {k: v for k, v in tile.items() if k.startswith("BLOCK")}
             types = {"g_ptr": name, "x_ptr": name, "first": "i32:16", "stop": "i32", "N": "i32"}
             types |= dict.fromkeys(("w_ptr", "m_ptr", "v_ptr", "hyper_ptr", "unscale_ptr"), "*fp32")
@@ -486,7 +487,7 @@ def test_every_update_tile_compiles_without_spills() -> None:
             for adamw in (True, False):
                 constants = {"ADAMW": adamw, "PRECISION": "ieee", **sides}
                 launch = {"num_warps": tile["num_warps"], "num_stages": tile["num_stages"]}
-                kernel = "fastssl_kernels._class_update:_update_kernel"
+                kernel = "fastssl_kernels._triton.class_update:_update_kernel"
                 found.append(Kernel(kernel, types, constants, cc, **launch))
     for resources in compile_offline(found):
         assert_ships(resources, dot=resources.kernel.signature["x_ptr"] == "*bf16")

@@ -87,7 +87,7 @@ def test_module_names_bad_shapes() -> None:
 @pytest.mark.slow
 def test_kernels_ship() -> None:
     """bf16 with D a multiple of 16 and not, fp32 where it is not: that takes more registers."""
-    from fastssl_kernels._columns import BLOCK_D, BLOCK_N
+    from fastssl_kernels._triton.columns import BLOCK_D, BLOCK_N
 
     vectors = ("mean_ptr", "own_ptr", "factors_ptr", "partial_ptr", "grad_ptr")
     weights = ("gamma", "eps", "apart_weight", "hinge_weight", "diagonal_weight", "alpha")

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastssl_kernels._autograd import no_gradient
-from fastssl_kernels._columns import (
+from fastssl_kernels._triton.columns import (
     BLOCK_D,
     BLOCK_N,
     SLOTS,
@@ -24,7 +24,8 @@ from fastssl_kernels._columns import (
     slot_sum,
     weighted_total,
 )
-from fastssl_kernels.second_moment import choose_path, fused_energy_and_product
+from fastssl_kernels._triton.second_moment import fused_energy_and_product
+from fastssl_kernels.second_moment import choose_path
 
 WARPS = 8  # of `_columns_kernel`, which with 4 spills on sm_100 where D is not a multiple of 16
 

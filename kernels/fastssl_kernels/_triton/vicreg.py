@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastssl_kernels._autograd import no_gradient
-from fastssl_kernels._columns import (
+from fastssl_kernels._triton.columns import (
     BLOCK_D,
     BLOCK_N,
     column_mean,
@@ -23,7 +23,7 @@ from fastssl_kernels._columns import (
     load_tile,
     weighted_total,
 )
-from fastssl_kernels.second_moment import fused_energy_and_product
+from fastssl_kernels._triton.second_moment import fused_energy_and_product
 
 
 class Weights(NamedTuple):
