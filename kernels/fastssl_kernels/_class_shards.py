@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastssl_kernels._triton.class_softmax import log_sum
+from fastssl_kernels._precision import log_sum
 
 # torch 2.14 deprecates the old name; 2.11 has no other
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

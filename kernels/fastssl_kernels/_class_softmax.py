@@ -27,6 +27,7 @@ from torch import Tensor
 
 from fastssl_kernels._dispatch import use_triton
 from fastssl_kernels._gemm import matmul_t
+from fastssl_kernels._precision import accumulation_dtype, log_sum, power_of_two_scale
 from fastssl_kernels._triton import class_softmax as kernels
 
 Statistics = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -59,16 +60,11 @@ def blocks(classes: int, size: int) -> Iterator[tuple[int, int, int]]:
         yield number, start, min(start + size, classes)
 
 
-def work_dtype(x: Tensor) -> torch.dtype:
-    """float64 for float64, else float32: what sums and results are kept in."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _saved_like(x: Tensor, classes: int, save: bool) -> tuple[Tensor, Tensor]:
     """Empty exponentials and references, or tensors of no elements."""
     if use_triton(x):
         return kernels.saved_like(x, classes, save)
-    size, dtype = min(block_classes(x), classes), work_dtype(x)
+    size, dtype = min(block_classes(x), classes), accumulation_dtype(x)
     count = -(-classes // size) if save else 0
     return x.new_empty(count, len(x), size, dtype=dtype), x.new_empty(count, len(x), dtype=dtype)
 
@@ -88,7 +84,7 @@ def _statistics(
     x: Tensor, w: Tensor, bias: Tensor | None, labels: Tensor, save: bool
 ) -> Statistics:
     """The statistics in torch, block by block; bf16 and fp16 are computed in float32 on a CPU."""
-    n, size, dtype = len(x), block_classes(x), work_dtype(x)
+    n, size, dtype = len(x), block_classes(x), accumulation_dtype(x)
     exponentials, references = _saved_like(x, len(w), save)
     if not x.is_cuda:
         x = x.to(dtype)
@@ -107,7 +103,7 @@ def _statistics(
         sums.append(e.sum(1))
         if save:
             references[i] = top
-    lse, low = kernels.log_sum(torch.stack(tops), torch.stack(sums))
+    lse, low = log_sum(torch.stack(tops), torch.stack(sums))
     return lse, target[:, 0], total, low, exponentials, references
 
 
@@ -125,16 +121,6 @@ def _gradient_block(s: Saved, grads: Tensor, i: int, start: int, stop: int) -> T
     return g.scatter_(1, column, entry.where(own, g.gather(1, column)))
 
 
-def _half_scale(grads: Tensor) -> Tensor:
-    """() power of two for float16 blocks of G: times it, none overflows and few flush to zero.
-
-    |G| <= |g_lse| + |entry| + |g_sum|, brought to 2^15; the least float16 is 2^-39 of that.
-    Unscaled, gradients of 1e-8, which are DIET's, would all be lost.
-    """
-    bound = grads.abs().sum(0).max().clamp(min=1e-30)
-    return torch.exp2(torch.floor(15 - torch.log2(bound)))
-
-
 def gradient_blocks(
     s: Saved, g_lse: Tensor, g_target: Tensor, g_sum: Tensor, dx: Tensor
 ) -> Iterator[tuple[int, int, Tensor, Tensor]]:
@@ -144,7 +130,9 @@ def gradient_blocks(
     unscale = torch.ones_like(grads[0, 0])
     triton = use_triton(s.x)
     if triton and s.x.dtype == torch.float16:
-        scale = _half_scale(grads)
+        # |G| <= |g_lse| + |entry| + |g_sum|, brought to 2^15; the least float16 is 2^-39 of that.
+        # Unscaled, gradients of 1e-8, which are DIET's, would be lost.
+        scale = power_of_two_scale(grads.abs().sum(0).max(), exponent=15)
         grads, unscale = grads * scale, 1 / scale
     for i, start, stop in blocks(len(s.w), block_classes(s.x)):
         if triton:
@@ -171,7 +159,7 @@ def class_statistics(
 
 @class_statistics.register_fake
 def _(x: Tensor, w: Tensor, bias: Tensor | None, labels: Tensor, save: bool) -> Statistics:
-    lse, target, total, low = (x.new_empty(len(x), dtype=work_dtype(x)) for _ in range(4))
+    lse, target, total, low = (x.new_empty(len(x), dtype=accumulation_dtype(x)) for _ in range(4))
     return lse, target, total, low, *_saved_like(x, len(w), save)
 
 
@@ -193,14 +181,14 @@ def class_statistics_backward(
     """dx (N, D), dw (K, D), db (K,), or db (0,) without a bias."""
     x, w, labels = x.contiguous(), w.contiguous(), labels.contiguous()
     s = Saved(x, w, bias, labels, lse, target, low, exponentials, references)
-    dx = torch.zeros_like(x, dtype=work_dtype(x))
+    dx = torch.zeros_like(x, dtype=accumulation_dtype(x))
     dw = torch.empty_like(w)
     db = w.new_empty(0) if bias is None else torch.empty_like(bias)
     with torch.autocast(x.device.type, enabled=False):
         for start, stop, g, unscale in gradient_blocks(s, g_lse, g_target, g_sum, dx):
             dw[start:stop] = matmul_t(g.T, x.T).mul_(unscale)
             if bias is not None:
-                db[start:stop] = g.sum(0, dtype=work_dtype(x)) * unscale
+                db[start:stop] = g.sum(0, dtype=accumulation_dtype(x)) * unscale
     return dx.to(x.dtype), dw, db
 
 

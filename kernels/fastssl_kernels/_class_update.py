@@ -27,10 +27,10 @@ from fastssl_kernels._class_softmax import (
     class_statistics,
     gradient_blocks,
     or_zeros,
-    work_dtype,
 )
 from fastssl_kernels._dispatch import use_triton
 from fastssl_kernels._gemm import matmul_t
+from fastssl_kernels._precision import accumulation_dtype
 from fastssl_kernels._triton import class_update as kernels
 
 STALE = (
@@ -154,7 +154,7 @@ def class_update(
     x, labels = x.contiguous(), labels.contiguous()
     weight = w if copy is None else copy
     s = Saved(x, weight, None, labels, lse, target, low, exponentials, references)
-    dx = torch.zeros_like(x, dtype=work_dtype(x))
+    dx = torch.zeros_like(x, dtype=accumulation_dtype(x))
     healthy = g_lse.isfinite().all()
     step += healthy
     by = _step(healthy, step, lr, rule, first, second, eps, weight_decay)

@@ -8,14 +8,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from fastssl_kernels._precision import accumulation_dtype
 from fastssl_kernels.distributed import sum_ranks
 
 CHUNK = 2**18  # elements (1 MiB of fp32) that a pass handles at once, to stay in the cache
-
-
-def accumulation_dtype(z: Tensor) -> torch.dtype:
-    """What sums over z are kept in: float64 for float64, else float32."""
-    return torch.float64 if z.dtype == torch.float64 else torch.float32
 
 
 def row_chunks(z: Tensor) -> Iterator[slice]:

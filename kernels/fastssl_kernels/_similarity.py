@@ -27,11 +27,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastssl_kernels._class_softmax import blocks, or_zeros, work_dtype
+from fastssl_kernels._class_softmax import blocks, or_zeros
 from fastssl_kernels._dispatch import use_triton
 from fastssl_kernels._gemm import matmul_t
+from fastssl_kernels._precision import accumulation_dtype, power_of_two_scale, two_sum
 from fastssl_kernels._triton import similarity as kernels
-from fastssl_kernels._triton.class_softmax import two_sum
 
 KINDS = {"cosine": 0, "squared": 1, "absolute": 2}  # f
 Statistics = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -119,7 +119,7 @@ def _merge(total: Tensor, part: slice, found: tuple[Tensor, Tensor]) -> None:
 
 
 def _similarity_lse(q: Tensor, k: Tensor, pairs: Pairs, kind: int, columns: bool) -> Statistics:
-    dtype = work_dtype(q)
+    dtype = accumulation_dtype(q)
     row, col = (q.new_zeros(2, n, dtype=dtype) for n in (len(q), len(k) if columns else 0))
     row[0], col[0] = -torch.inf, -torch.inf
     positive = q.new_zeros(len(q), dtype=dtype)
@@ -160,16 +160,18 @@ def _gradients(
     q: Tensor, k: Tensor, pairs: Pairs, kind: int, up: Upstream, keys: bool
 ) -> tuple[Tensor, Tensor]:
     """dq (N, D), and dk (M, D) or (0,)."""
-    dtype = work_dtype(q)
+    dtype = accumulation_dtype(q)
     dq = torch.zeros_like(q, dtype=dtype)
     dk = torch.zeros_like(k, dtype=dtype) if keys else q.new_empty(0, dtype=dtype)
     unscale = torch.ones((), dtype=dtype, device=q.device)
     run = kernels.tile_gradient if use_triton(q) else _tile_gradient
     if use_triton(q) and q.dtype == torch.float16:
-        grads = up._asdict()
-        scale = kernels.half_scale([g for name, g in grads.items() if name.startswith("g_")])
+        grads = {n: g for n, g in up._asdict().items() if n.startswith("g_")}
+        bound = torch.stack([g.abs().max() for g in grads.values() if len(g)]).sum()
+        # not 2^15 as for class gradients: the derivative of the square, 2 q.k, comes on top
+        scale = power_of_two_scale(bound, exponent=10)
         unscale = 1 / scale
-        up = Upstream(**{n: g * scale if n.startswith("g_") else g for n, g in grads.items()})
+        up = up._replace(**{n: g * scale for n, g in grads.items()})
     for r, c in _tiles(q, k):
         h = run(q, k, r, c, pairs, kind, up)
         dq[r] += matmul_t(h, k[c].T)
@@ -191,7 +193,7 @@ def similarity_lse(
 @similarity_lse.register_fake
 def _(q, k, first, period, own, kind, columns):
     sizes = [len(q)] * 2 + [len(k) if columns else 0] * 2 + [len(q)]
-    return tuple(q.new_empty(n, dtype=work_dtype(q)) for n in sizes)
+    return tuple(q.new_empty(n, dtype=accumulation_dtype(q)) for n in sizes)
 
 
 @torch.library.custom_op("fastssl::similarity_lse_backward", mutates_args=())
@@ -246,7 +248,7 @@ def self_similarity_lse(z: Tensor, period: int, kind: int) -> tuple[Tensor, Tens
 
 @self_similarity_lse.register_fake
 def _(z, period, kind):
-    return tuple(z.new_empty(len(z), dtype=work_dtype(z)) for _ in range(3))
+    return tuple(z.new_empty(len(z), dtype=accumulation_dtype(z)) for _ in range(3))
 
 
 def _self_setup_context(ctx, inputs, output) -> None:

@@ -30,13 +30,13 @@ from torch import Tensor
 
 from fastssl_kernels._autograd import no_gradient, register_gradient, wants_gradient
 from fastssl_kernels._columns import (
-    accumulation_dtype,
     centred,
     column_dots,
     cross_gaps,
     row_chunks,
 )
 from fastssl_kernels._dispatch import use_triton
+from fastssl_kernels._precision import accumulation_dtype, operand_dtype
 from fastssl_kernels._triton.barlow_twins import fused_gradient, fused_loss
 from fastssl_kernels._validation import stack_views
 from fastssl_kernels.distributed import gather_batch, group_name, local_rows, row_counts, sum_ranks
@@ -139,7 +139,7 @@ def _lean_loss(
     h *= rstd[:, None]
     gaps = sum_ranks(cross_gaps(h), group) / total + eps * (rstd[:, None] ** 2 + rstd**2)
     r = gaps / -2  # (V, V, D)
-    x = (h.mean(0, keepdim=True) if by_mean else h).to(_operand_dtype(z))
+    x = (h.mean(0, keepdim=True) if by_mean else h).to(operand_dtype(z, standardized=True))
     energy, product = energy_and_product(
         x, rows, pairs=not by_mean, path=way, scale=1 / total, group=group, product=gradient
     )
@@ -154,11 +154,6 @@ def _lean_loss(
     world = len(rows)  # data-parallel averaging divides by it again
     coef = w * (rstd[:, None] * rstd[None] * world)
     return loss, product, mean, rstd * (alpha * world), coef
-
-
-def _operand_dtype(z: Tensor) -> torch.dtype:
-    """What the matrix products read: z's own dtype for Triton, never less than float32 on a CPU."""
-    return z.dtype if use_triton(z) else accumulation_dtype(z)
 
 
 def _pair_terms(
@@ -197,7 +192,7 @@ def _(
         return no_gradient(loss)
     return (
         loss,
-        z.new_empty((1 if by_mean else views, n, width), dtype=_operand_dtype(z)),
+        z.new_empty((1 if by_mean else views, n, width), dtype=operand_dtype(z, standardized=True)),
         z.new_empty((views, width), dtype=dtype),
         z.new_empty((views, width), dtype=dtype),
         z.new_empty((views, views, width), dtype=dtype),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastssl_kernels._autograd import register_scaled_gradient, wants_gradient
-from fastssl_kernels._columns import accumulation_dtype
+from fastssl_kernels._precision import accumulation_dtype
 from fastssl_kernels._validation import stack_views
 from fastssl_kernels.distributed import (
     gather_batch,

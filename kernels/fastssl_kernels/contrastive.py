@@ -27,7 +27,7 @@ from fastssl_kernels._class_shards import (
     sum_ranks,
     times_world,
 )
-from fastssl_kernels._class_softmax import work_dtype
+from fastssl_kernels._precision import accumulation_dtype
 from fastssl_kernels._similarity import KINDS, self_similarity_lse, similarity_lse
 from fastssl_kernels._validation import stack_views
 from fastssl_kernels.distributed import group_name
@@ -158,7 +158,7 @@ class NTXentLoss(nn.Module):
 
 def _normalised(z: Tensor) -> Tensor:
     """Rows of norm 1, in float32 or float64."""
-    return F.normalize(z.to(work_dtype(z)), dim=-1)
+    return F.normalize(z.to(accumulation_dtype(z)), dim=-1)
 
 
 def _factor(temperature: float | Tensor, similarity: str) -> float | Tensor:

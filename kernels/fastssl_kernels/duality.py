@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastssl_kernels._columns import accumulation_dtype
+from fastssl_kernels._precision import accumulation_dtype
 from fastssl_kernels._validation import stack_views
 from fastssl_kernels.distributed import gather_batch, group_name, local_rows
 from fastssl_kernels.second_moment import Path, second_moment_energy

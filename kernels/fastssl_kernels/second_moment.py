@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from fastssl_kernels._autograd import register_scaled_gradient, wants_gradient
-from fastssl_kernels._columns import accumulation_dtype, column_dots, cross_dots
+from fastssl_kernels._columns import column_dots, cross_dots
+from fastssl_kernels._precision import accumulation_dtype
 from fastssl_kernels._validation import stack_views
 from fastssl_kernels.distributed import (
     gather_batch,

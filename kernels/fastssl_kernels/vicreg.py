@@ -27,14 +27,14 @@ from torch.nn import functional as F
 
 from fastssl_kernels._autograd import no_gradient, register_gradient, wants_gradient
 from fastssl_kernels._columns import (
-    accumulation_dtype,
     centred,
     column_dots,
     cross_gaps,
     row_chunks,
 )
 from fastssl_kernels._dispatch import use_triton
-from fastssl_kernels._triton.vicreg import Weights, fused_gradient, fused_loss, operand_dtype
+from fastssl_kernels._precision import accumulation_dtype, operand_dtype
+from fastssl_kernels._triton.vicreg import Weights, fused_gradient, fused_loss
 from fastssl_kernels._validation import stack_views
 from fastssl_kernels.distributed import gather_batch, group_name, local_rows, row_counts, sum_ranks
 from fastssl_kernels.second_moment import Path, check_path, choose_path, energy_and_product
@@ -166,7 +166,7 @@ def _lean_loss(
     kept = way == "gram"  # the energy holds the diagonals, sum_i var_i^2
     mean, x = centred(z, total, group)
     var = sum_ranks(column_dots(x, x), group) / (total - 1)  # (V, D)
-    operand, scale = x.to(_operand_dtype(z)), 1 / (total - 1)
+    operand, scale = x.to(operand_dtype(z, standardized=False)), 1 / (total - 1)
     energy, product = energy_and_product(
         operand, rows, pairs=False, path=way, scale=scale, group=group, product=gradient
     )
@@ -180,11 +180,6 @@ def _lean_loss(
     own = -world * (hinge + weights.alpha * kept * var)  # averaging divides by world again
     alpha, pull = (own.new_full((1,), world * w) for w in (weights.alpha, weights.pull))
     return loss, product, mean, own, torch.cat([alpha, pull])
-
-
-def _operand_dtype(z: Tensor) -> torch.dtype:
-    """What the matrix products read: never less than float32 on a CPU."""
-    return operand_dtype(z) if use_triton(z) else accumulation_dtype(z)
 
 
 def _from_first(z: Tensor) -> Tensor:
@@ -212,7 +207,7 @@ def _(
     columns = (z.shape[0], z.shape[2])
     return (
         loss,
-        z.new_empty(z.shape, dtype=_operand_dtype(z)),
+        z.new_empty(z.shape, dtype=operand_dtype(z, standardized=False)),
         z.new_empty(columns, dtype=dtype),
         z.new_empty(columns, dtype=dtype),
         z.new_empty(2, dtype=dtype),

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastssl_kernels._dispatch import architecture
+from fastssl_kernels._precision import log_sum
 
 PROGRAMS = 1056  # eight rounds on an H200's 132 multiprocessors, one program on each at a time
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -39,8 +40,8 @@ def tile(x: Tensor, extra: bool) -> dict[str, int]:
     return {**sides, "num_warps": 8, "num_stages": 3}
 
 
-def dot_precision(x: Tensor) -> str:
-    """How tl.dot multiplies float32: as torch.matmul was told to. Other types have one way."""
+def dot_precision() -> str:
+    """How tl.dot multiplies float32, as set for torch.matmul; other dtypes ignore it."""
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
@@ -163,26 +164,12 @@ def statistics(
         HAS_BIAS=bias is not None,
         SAVE=save,
         EVEN_D=dim % config["BLOCK_D"] == 0,
-        PRECISION=dot_precision(x),
+        PRECISION=dot_precision(),
         **config,
     )
     lse, low = log_sum(partial[0], partial[1])
     # sums in a fixed order: the same input gives the same bits
     return lse, partial[2].sum(0), partial[3].sum(0), low, exponentials, references
-
-
-def log_sum(tops: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
-    """log sum_b sums_b exp(tops_b), rounded, and what rounding left. (B, N) -> (N,), (N,)"""
-    top = tops.amax(0)
-    log = (sums * (tops - top).exp()).sum(0).log()
-    return two_sum(top, log)
-
-
-def two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """a + b rounded, and what rounding left over (Knuth); nothing is left of infinities."""
-    total = a + b
-    part = total - a
-    return total, ((a - (total - part)) + (b - part)).nan_to_num(0.0, 0.0, 0.0)
 
 
 def saved_like(x: Tensor, classes: int, save: bool) -> tuple[Tensor, Tensor]:
@@ -286,7 +273,7 @@ def gradient_block(
         HAS_BIAS=bias is not None,
         SAVED=save,
         EVEN_D=dim % config["BLOCK_D"] == 0,
-        PRECISION=dot_precision(x),
+        PRECISION=dot_precision(),
         **config,
     )
     return g[:, : stop - start]

@@ -161,6 +161,6 @@ def update_block(
         1 - b,
         by.eps,
         ADAMW=by.rule == "adamw",
-        PRECISION=dot_precision(x),
+        PRECISION=dot_precision(),
         **config,
     )

@@ -133,7 +133,7 @@ def _fused_direct(x: Tensor, pairs: bool, scale: float, product: bool) -> tuple[
                     columns,
                     scale,
                     WRITE=product,
-                    PRECISION=dot_precision(x),
+                    PRECISION=dot_precision(),
                     BLOCK_I=block_i,
                     BLOCK_J=block_j,
                     BLOCK_N=block_n,

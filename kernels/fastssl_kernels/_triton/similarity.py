@@ -30,15 +30,6 @@ def tile(x: Tensor) -> dict[str, int]:
     return {**sides, "num_warps": 8, "num_stages": 3}
 
 
-def half_scale(gradients: list[Tensor]) -> Tensor:
-    """() power of two for float16 tiles of H, as for blocks of class gradients.
-
-    2^10, not 2^15: a derivative of the square, 2 q.k, comes on top.
-    """
-    bound = torch.stack([g.abs().max() for g in gradients if len(g)]).sum()
-    return torch.exp2(torch.floor(10 - torch.log2(bound.clamp(min=1e-30))))
-
-
 @triton.jit
 def _products(
     q_ptr, k_ptr, rows, cols, N, M, D, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr, P: tl.constexpr
@@ -130,7 +121,7 @@ def tile_sums(
         OWN=pairs.own,
         COLUMNS=wanted,
         EVEN_D=q.shape[1] % config["BLOCK_D"] == 0,
-        PRECISION=dot_precision(q),
+        PRECISION=dot_precision(),
         **config,
     )
     return _combined(row), _combined(col) if wanted else None, row[2].sum(0)
@@ -236,7 +227,7 @@ def tile_gradient(
         COLUMNS=len(up.col) > 0,
         SELF=len(up.g_positive_col) > 0,
         EVEN_D=q.shape[1] % config["BLOCK_D"] == 0,
-        PRECISION=dot_precision(q),
+        PRECISION=dot_precision(),
         **config,
     )
     return h[:, : len(b)]

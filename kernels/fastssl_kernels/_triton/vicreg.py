@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastssl_kernels._autograd import no_gradient
+from fastssl_kernels._precision import operand_dtype
 from fastssl_kernels._triton.columns import (
     BLOCK_D,
     BLOCK_N,
@@ -36,18 +37,13 @@ class Weights(NamedTuple):
     pull: float  # of z_a - mean_v z_v
 
 
-def operand_dtype(z: Tensor) -> torch.dtype:
-    """What the matrix products read. Not float16: z is not standardised, x x^T could overflow."""
-    return z.dtype if z.dtype == torch.bfloat16 else torch.float32
-
-
 def fused_loss(
     z: Tensor, weights: Weights, gamma: float, eps: float, way: str, gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As vicreg.py's op, in one process: three launches beside the matrix products."""
     views, n, width = z.shape
     grid = (triton.cdiv(width, BLOCK_D), views)
-    x = torch.empty_like(z, dtype=operand_dtype(z))
+    x = torch.empty_like(z, dtype=operand_dtype(z, standardized=False))
     mean, own = (z.new_empty((views, width), dtype=torch.float32) for _ in range(2))
     factors = mean.new_empty(2)
     spread = mean.new_empty(grid[0] * views)
