@@ -25,8 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastssl_kernels._dispatch import use_triton
-from fastssl_kernels._gemm import matmul_t
+from fastssl_kernels._dispatch import matmul_t, use_triton
 from fastssl_kernels._precision import accumulation_dtype, log_sum, power_of_two_scale
 from fastssl_kernels._triton import class_softmax as kernels
 

@@ -28,8 +28,7 @@ from fastssl_kernels._class_softmax import (
     gradient_blocks,
     or_zeros,
 )
-from fastssl_kernels._dispatch import use_triton
-from fastssl_kernels._gemm import matmul_t
+from fastssl_kernels._dispatch import matmul_t, use_triton
 from fastssl_kernels._precision import accumulation_dtype
 from fastssl_kernels._triton import class_update as kernels
 

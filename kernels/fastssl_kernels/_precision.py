@@ -42,5 +42,5 @@ def log_sum(maxima: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def power_of_two_scale(bound: Tensor, exponent: int) -> Tensor:
-    """The power of two that brings `bound` () to about 2^exponent, for gradients kept in float16."""
+    """The power of two that brings `bound` () near 2^exponent, for gradients in float16."""
     return torch.exp2(torch.floor(exponent - torch.log2(bound.clamp(min=1e-30))))

@@ -28,8 +28,7 @@ import torch
 from torch import Tensor
 
 from fastssl_kernels._class_softmax import blocks, or_zeros
-from fastssl_kernels._dispatch import use_triton
-from fastssl_kernels._gemm import matmul_t
+from fastssl_kernels._dispatch import matmul_t, use_triton
 from fastssl_kernels._precision import accumulation_dtype, power_of_two_scale, two_sum
 from fastssl_kernels._triton import similarity as kernels
 

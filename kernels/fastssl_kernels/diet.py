@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastssl_kernels._checks import checked, plain_loss
 from fastssl_kernels._class_shards import (
     Shard,
     combine_lse,
@@ -23,6 +22,7 @@ from fastssl_kernels._class_shards import (
 )
 from fastssl_kernels._class_softmax import class_statistics
 from fastssl_kernels._class_update import class_statistics_updating
+from fastssl_kernels._validation import checked, plain_loss
 from fastssl_kernels.distributed import group_name
 from fastssl_kernels.linear_cross_entropy import (
     cast_for_product,

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl_kernels._checks import checked
 from fastssl_kernels._class_shards import Shard, combine_lse, gather, gather_inputs
 from fastssl_kernels._class_softmax import class_statistics
+from fastssl_kernels._validation import checked
 from fastssl_kernels.distributed import group_name
 
 # Bytes of exponentials that save="auto" may keep, by device type.
