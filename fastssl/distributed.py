@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastssl.config import Config
-from fastssl_kernels.distributed import gather_batch, group_name
+from fastssl_kernels.distributed import all_gather_with_grad, group_name
 
 Net = TypeVar("Net", bound=nn.Module)
 TIMEOUT = timedelta(minutes=10)  # of a collective that a rank never joins
@@ -114,7 +114,7 @@ def rank_batch(config: Config, world: int) -> int:
 def whole_batch(z: Tensor, group: Any) -> Tensor:
     """The views of all ranks (V, N, D) from this rank's, with the gradient that averaging over
     ranks makes the whole batch's."""
-    return gather_batch(z, group_name(group, "whole_batch"))
+    return all_gather_with_grad(z, group_name(group, "whole_batch"))
 
 
 def whole_index(index: Tensor, group: Any) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastssl_kernels._precision import accumulation_dtype
-from fastssl_kernels.distributed import sum_ranks
+from fastssl_kernels.distributed import all_reduce_sum
 
 CHUNK = 2**18  # elements (1 MiB of fp32) that a pass handles at once, to stay in the cache
 
@@ -25,7 +25,7 @@ def row_chunks(z: Tensor) -> Iterator[slice]:
 def centred(z: Tensor, total: int, group: str) -> tuple[Tensor, Tensor]:
     """(mean (V, D), z - mean (V, n, D)) over the `total` rows of all ranks."""
     dtype = accumulation_dtype(z)
-    mean = sum_ranks(z.sum(1, dtype=dtype), group) / total
+    mean = all_reduce_sum(z.sum(1, dtype=dtype), group) / total
     return mean, torch.sub(z, mean[:, None], out=z.new_empty(z.shape, dtype=dtype))
 
 

@@ -39,7 +39,13 @@ from fastssl_kernels._dispatch import use_triton
 from fastssl_kernels._precision import accumulation_dtype, operand_dtype
 from fastssl_kernels._triton.barlow_twins import fused_gradient, fused_loss
 from fastssl_kernels._validation import stack_views
-from fastssl_kernels.distributed import gather_batch, group_name, local_rows, row_counts, sum_ranks
+from fastssl_kernels.distributed import (
+    all_gather_with_grad,
+    all_reduce_sum,
+    group_name,
+    local_rows,
+    row_counts,
+)
 from fastssl_kernels.second_moment import Path, check_path, choose_path, energy_and_product
 
 Pairing = Literal["pairs", "mean"]
@@ -102,7 +108,7 @@ def barlow_twins_loss(
         raise ValueError(f"{name}: pairing is {pairing!r}; choose 'pairs' or 'mean'")
     ranks = group_name(group, name)
     if path == "eager":
-        batch = gather_batch(z, ranks)
+        batch = all_gather_with_grad(z, ranks)
         loss = barlow_twins_loss_reference(batch, lambd=lambd, eps=eps, pairing=pairing)
         return loss.to(accumulation_dtype(z))
     by_mean = pairing == "mean" and len(z) > 2
@@ -135,9 +141,9 @@ def _lean_loss(
     total = sum(rows)
     way = choose_path(path, z[:1] if by_mean else z, total, pairs=not by_mean)
     mean, h = centred(z, total, group)
-    rstd = (sum_ranks(column_dots(h, h), group) / total + eps).rsqrt()  # (V, D)
+    rstd = (all_reduce_sum(column_dots(h, h), group) / total + eps).rsqrt()  # (V, D)
     h *= rstd[:, None]
-    gaps = sum_ranks(cross_gaps(h), group) / total + eps * (rstd[:, None] ** 2 + rstd**2)
+    gaps = all_reduce_sum(cross_gaps(h), group) / total + eps * (rstd[:, None] ** 2 + rstd**2)
     r = gaps / -2  # (V, V, D)
     x = (h.mean(0, keepdim=True) if by_mean else h).to(operand_dtype(z, standardized=True))
     energy, product = energy_and_product(
@@ -147,7 +153,7 @@ def _lean_loss(
     loss, alpha, w = terms(r, energy, lambd, total, kept=way == "gram")
     if not gradient:
         return no_gradient(loss)
-    pull = sum_ranks(column_dots(product, h), group)  # (V, D)
+    pull = all_reduce_sum(column_dots(product, h), group)  # (V, D)
     t = alpha / total * pull + (w + w * r).sum(1)  # (V, D) column means of dL/dh_a * h_a
     for a in range(len(z)):
         w[a, a] -= t[a]

@@ -18,13 +18,13 @@ from fastssl_kernels._autograd import register_scaled_gradient, wants_gradient
 from fastssl_kernels._precision import accumulation_dtype
 from fastssl_kernels._validation import stack_views
 from fastssl_kernels.distributed import (
-    gather_batch,
-    gather_rows,
+    all_gather_padded,
+    all_gather_with_grad,
+    all_reduce_sum,
     group_name,
     local_rows,
-    own_start,
+    padded_offset,
     row_counts,
-    sum_ranks,
 )
 from fastssl_kernels.second_moment import Path, check_path
 
@@ -64,7 +64,7 @@ def coding_rate(
         raise ValueError(f"{name}: eps_sq is {eps_sq}; it must be positive")
     ranks = group_name(group, name)
     if path == "eager":
-        batch = gather_batch(z.to(accumulation_dtype(z)), ranks)
+        batch = all_gather_with_grad(z.to(accumulation_dtype(z)), ranks)
         return coding_rate_reference(batch, eps_sq=eps_sq)
     return _rate(z.contiguous(), eps_sq, path, ranks, wants_gradient(z))[0]
 
@@ -79,10 +79,10 @@ def _rate(z: Tensor, eps_sq: float, path: str, group: str, gradient: bool) -> tu
     with torch.autocast(z.device.type, enabled=False):
         x = z.to(accumulation_dtype(z))
         if by_rows:
-            x = gather_rows(x, rows, group)  # padding rows add ones to the diagonal: logdet 0
+            x = all_gather_padded(x, rows, group)  # padding rows add ones to the diagonal: logdet 0
             small = x @ x.mT
         else:
-            small = sum_ranks(x.mT @ x, group)
+            small = all_reduce_sum(x.mT @ x, group)
         small *= weight
         small.diagonal(dim1=1, dim2=2).add_(1)
         factor, failed = torch.linalg.cholesky_ex(small)
@@ -91,7 +91,7 @@ def _rate(z: Tensor, eps_sq: float, path: str, group: str, gradient: bool) -> tu
         if not gradient:
             return rate, rate.new_empty(0)
         if by_rows:
-            start = own_start(rows, group)
+            start = padded_offset(rows, group)
             solved = torch.cholesky_solve(x, factor)[:, start : start + z.shape[1]].contiguous()
         else:
             solved = torch.cholesky_solve(x.mT, factor).mT.contiguous()

@@ -19,18 +19,18 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastssl_kernels._class_shards import (
-    Shard,
-    combine_lse,
-    gather,
-    gather_inputs,
-    sum_ranks,
-    times_world,
-)
 from fastssl_kernels._precision import accumulation_dtype
 from fastssl_kernels._similarity import KINDS, self_similarity_lse, similarity_lse
 from fastssl_kernels._validation import stack_views
-from fastssl_kernels.distributed import group_name
+from fastssl_kernels.distributed import (
+    Shard,
+    all_gather_inputs,
+    all_gather_rows,
+    all_reduce_lse,
+    all_reduce_with_grad,
+    group_name,
+    scale_grad_by_world_size,
+)
 from fastssl_kernels.linear_cross_entropy import cast_for_product
 
 
@@ -84,19 +84,19 @@ def nt_xent_loss(
     z = stack_views(views, "nt_xent_loss")
     _check_options(temperature, similarity, "nt_xent_loss")
     group_name(group, "nt_xent_loss")
-    shard = Shard.batch(z.shape[0] * z.shape[1], group)
+    shard = Shard.of_batch(z.shape[0] * z.shape[1], group)
     z = _normalised(z) * _factor(temperature, similarity)
     z = cast_for_product(z, z, None)[0]
     rows, n, kind = z.flatten(0, 1), z.shape[1], KINDS[similarity]
     if shard.world == 1:
         lse, low, positive = self_similarity_lse(rows, n, kind)
     else:
-        everything = gather_inputs(rows, shard)
-        rows = times_world(rows, shard)
+        everything = all_gather_inputs(rows, shard)
+        rows = scale_grad_by_world_size(rows, shard.world)
         first = shard.first
         lse, low, _, _, positive = similarity_lse(rows, everything, first, n, True, kind, False)
     losses = (lse - positive / (len(z) - 1)) + low  # (V N,)
-    return sum_ranks(losses.sum(), shard) / shard.classes
+    return all_reduce_with_grad(losses.sum(), shard) / shard.classes
 
 
 def info_nce_loss(
@@ -118,21 +118,22 @@ def info_nce_loss(
     _check_pair(queries, keys, symmetric, group)
     _check_options(temperature, "cosine", "info_nce_loss")
     group_name(group, "info_nce_loss")
-    shard = Shard.batch(len(queries), group)
+    shard = Shard.of_batch(len(queries), group)
     factor = _factor(temperature, "cosine")
     q, k, _ = cast_for_product(_normalised(queries) * factor, _normalised(keys) * factor, None)
-    everything = gather_inputs(k, shard)
-    q = times_world(q, shard)
+    everything = all_gather_inputs(k, shard)
+    if shard.world > 1:
+        q = scale_grad_by_world_size(q, shard.world)
     row, row_low, col, col_low, positive = similarity_lse(
         q, everything, shard.first, len(q), False, KINDS["cosine"], symmetric
     )
-    rows = sum_ranks(((row - positive) + row_low).sum(), shard)
+    rows = all_reduce_with_grad(((row - positive) + row_low).sum(), shard)
     if not symmetric:
         return rows / shard.classes
-    col, col_low = combine_lse(col, col_low, [], shard)  # of all ranks' keys
+    col, col_low = all_reduce_lse(col, col_low, [], shard)  # of all ranks' keys
     fixed = positive.detach()  # in value, each column's; in gradient, this rank's
-    columns = ((col - gather(fixed, shard)) + col_low).sum()
-    columns = columns - sum_ranks((positive - fixed).sum(), shard)
+    columns = ((col - all_gather_rows(fixed, shard)) + col_low).sum()
+    columns = columns - all_reduce_with_grad((positive - fixed).sum(), shard)
     return (rows + columns) / (2 * shard.classes)
 
 

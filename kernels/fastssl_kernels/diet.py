@@ -12,18 +12,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastssl_kernels._class_shards import (
-    Shard,
-    combine_lse,
-    gather,
-    gather_inputs,
-    gather_shards,
-    shard_sizes,
-)
 from fastssl_kernels._class_softmax import class_statistics
 from fastssl_kernels._class_update import class_statistics_updating
 from fastssl_kernels._validation import checked, plain_loss
-from fastssl_kernels.distributed import group_name
+from fastssl_kernels.distributed import (
+    Shard,
+    all_gather_inputs,
+    all_gather_rows,
+    all_gather_shards,
+    all_reduce_lse,
+    group_name,
+    shard_sizes,
+)
 from fastssl_kernels.linear_cross_entropy import (
     cast_for_product,
     keeps_exponentials,
@@ -139,7 +139,7 @@ class DIETHead(nn.Module):
         """
         shard = Shard(self.group, self.world, self.first, self.num_samples)
         x, labels = self._rows(features, index)
-        labels = gather(labels, shard) - self.first
+        labels = all_gather_rows(labels, shard) - self.first
         rows, classes = None, self.num_samples
         if self.training and self.sample_rate < 1:
             rows, labels = self._sample(labels)
@@ -151,7 +151,7 @@ class DIETHead(nn.Module):
             )  # the update happens in backward(), so there must be one
         weight = self.weight if rows is None else self.weight.index_select(0, rows)
         x, w, _ = cast_for_product(x, weight, None)
-        x = gather_inputs(x, shard)
+        x = all_gather_inputs(x, shard)
         keep = keeps_exponentials(self.save, x, len(w))
         if fused:
             copy = None if w is self.weight else w
@@ -161,7 +161,7 @@ class DIETHead(nn.Module):
         else:
             statistics = class_statistics(x, w, None, labels, keep)
         lse, target, total, low, _, _ = statistics
-        lse, low, target, total = combine_lse(lse, low, [target, total], shard)
+        lse, low, target, total = all_reduce_lse(lse, low, [target, total], shard)
         loss = smoothed_rows(lse, low, target, total, classes, self.label_smoothing).mean()
         return plain_loss(loss, FUSED_ONLY) if fused else loss
 
@@ -247,7 +247,7 @@ class DIETHead(nn.Module):
         for name in ("weight", "exp_avg", "exp_avg_sq"):
             value = destination[prefix + name]
             if len(value):
-                destination[prefix + name] = gather_shards(value, shard)
+                destination[prefix + name] = all_gather_shards(value, shard)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *arguments: Any) -> None:
         own = dict(state_dict)

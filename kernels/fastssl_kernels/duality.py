@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastssl_kernels._precision import accumulation_dtype
 from fastssl_kernels._validation import stack_views
-from fastssl_kernels.distributed import gather_batch, group_name, local_rows
+from fastssl_kernels.distributed import all_gather_with_grad, group_name, local_rows
 from fastssl_kernels.second_moment import Path, second_moment_energy
 from fastssl_kernels.vicreg import invariance, variance
 
@@ -45,7 +45,7 @@ def sample_contrastive_loss(
     """
     name = "sample_contrastive_loss"
     z = stack_views(views, name, at_least=1, rows=local_rows(group))
-    batch = gather_batch(z, group_name(group, name))
+    batch = all_gather_with_grad(z, group_name(group, name))
     if batch.shape[2] == 1:  # second_moment_energy wants two rows; a zero column changes no product
         batch = torch.nn.functional.pad(batch, (0, 1))
     transposed = batch.transpose(1, 2)
@@ -105,7 +105,7 @@ def _whole_batch(
     z = stack_views(views, name, rows=local_rows(group))
     if not temperature > 0:
         raise ValueError(f"{name}: temperature is {temperature}; it must be positive")
-    return list(gather_batch(z.to(accumulation_dtype(z)), group_name(group, name)))
+    return list(all_gather_with_grad(z.to(accumulation_dtype(z)), group_name(group, name)))
 
 
 def _log_exp_covariance(views: Sequence[Tensor], temperature: float) -> Tensor:

@@ -17,10 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl_kernels._class_shards import Shard, combine_lse, gather, gather_inputs
 from fastssl_kernels._class_softmax import class_statistics
 from fastssl_kernels._validation import checked
-from fastssl_kernels.distributed import group_name
+from fastssl_kernels.distributed import (
+    Shard,
+    all_gather_inputs,
+    all_gather_rows,
+    all_reduce_lse,
+    group_name,
+)
 
 # Bytes of exponentials that save="auto" may keep, by device type.
 SAVE_BUDGET = {"cpu": 64 * 2**20, "cuda": 8 * 2**30}
@@ -83,13 +88,13 @@ def linear_cross_entropy(
             raise ValueError(
                 "linear_cross_entropy: reduction='none' with a group; use 'mean' or 'sum'"
             )
-    shard = Shard.of(linear_weight, group)
-    labels = gather(checked_labels(target, shard.classes, ignore_index), shard)
+    shard = Shard.of_weight(linear_weight, group)
+    labels = all_gather_rows(checked_labels(target, shard.classes, ignore_index), shard)
     x, w, bias = cast_for_product(input, linear_weight, linear_bias)
-    x = gather_inputs(x, shard)
+    x = all_gather_inputs(x, shard)
     keep = keeps_exponentials(save, x, len(w))
     lse, z_target, z_sum, low, _, _ = class_statistics(x, w, bias, labels - shard.first, keep)
-    lse, low, z_target, z_sum = combine_lse(lse, low, [z_target, z_sum], shard)
+    lse, low, z_target, z_sum = all_reduce_lse(lse, low, [z_target, z_sum], shard)
     rows = smoothed_rows(lse, low, z_target, z_sum, shard.classes, label_smoothing)
     return reduce_rows(rows, labels >= 0, reduction)
 

@@ -28,12 +28,12 @@ from fastssl_kernels._columns import column_dots, cross_dots
 from fastssl_kernels._precision import accumulation_dtype
 from fastssl_kernels._validation import stack_views
 from fastssl_kernels.distributed import (
-    gather_batch,
-    gather_rows,
+    all_gather_padded,
+    all_gather_with_grad,
+    all_reduce_sum,
     group_name,
     local_rows,
     row_counts,
-    sum_ranks,
 )
 
 Path = Literal["auto", "gram", "direct", "eager"]
@@ -81,7 +81,7 @@ def energy_and_product(
     i = j, in the energy and in the product; path "direct" leaves them out of both.
     """
     if path == "gram":
-        return _gram(x, gather_rows(x, rows, group), pairs, scale, group, product)
+        return _gram(x, all_gather_padded(x, rows, group), pairs, scale, group, product)
     return _direct(x, pairs, scale, group, product)
 
 
@@ -101,7 +101,7 @@ def _gram(
         energy += (k.to(energy.dtype) * others).sum() * (0.5 if pairs else 1.0)
         if product:
             torch.bmm(others, everyone, out=out[:, r])
-    return sum_ranks(energy, group), out
+    return all_reduce_sum(energy, group), out
 
 
 def _direct(
@@ -115,7 +115,7 @@ def _direct(
         for a in range(views):
             for b in range(a + 1, views) if pairs else (a,):
                 right = x[b][:, j]
-                c = sum_ranks(x[a].T @ right, group).mul_(scale)  # (D, columns)
+                c = all_reduce_sum(x[a].T @ right, group).mul_(scale)  # (D, columns)
                 c[j].fill_diagonal_(0)
                 energy += c.to(energy.dtype).square().sum()
                 if product:
@@ -149,11 +149,11 @@ def _energy(
     )  # what `energy_and_product` included, against what is asked
     if correction:
         if pairs:
-            dots = sum_ranks(cross_dots(x), group)
+            dots = all_reduce_sum(cross_dots(x), group)
             for a in range(len(x)):
                 dots[a, a] = 0
         else:
-            dots = torch.diag_embed(sum_ranks(column_dots(x, x), group).T).permute(1, 2, 0)
+            dots = torch.diag_embed(all_reduce_sum(column_dots(x, x), group).T).permute(1, 2, 0)
         energy = energy + correction * dots.square().sum() * (0.5 if pairs else 1.0)
         if gradient:
             for a in range(len(x)):
@@ -199,7 +199,7 @@ def second_moment_energy(
     ranks = group_name(group, name)
     if path == "eager":
         value = second_moment_energy_reference(
-            gather_batch(z, ranks), pairs=pairs, diagonal=diagonal
+            all_gather_with_grad(z, ranks), pairs=pairs, diagonal=diagonal
         )
         return value.to(accumulation_dtype(z))
     return _energy(z.contiguous(), pairs, diagonal, path, ranks, wants_gradient(z))[0]

@@ -36,7 +36,13 @@ from fastssl_kernels._dispatch import use_triton
 from fastssl_kernels._precision import accumulation_dtype, operand_dtype
 from fastssl_kernels._triton.vicreg import Weights, fused_gradient, fused_loss
 from fastssl_kernels._validation import stack_views
-from fastssl_kernels.distributed import gather_batch, group_name, local_rows, row_counts, sum_ranks
+from fastssl_kernels.distributed import (
+    all_gather_with_grad,
+    all_reduce_sum,
+    group_name,
+    local_rows,
+    row_counts,
+)
 from fastssl_kernels.second_moment import Path, check_path, choose_path, energy_and_product
 
 
@@ -107,7 +113,7 @@ def vicreg_loss(
     if path == "eager":
         keywords = ("sim_coeff", "std_coeff", "cov_coeff", "gamma", "eps")
         loss = vicreg_loss_reference(
-            gather_batch(z, ranks), **dict(zip(keywords, weights, strict=True))
+            all_gather_with_grad(z, ranks), **dict(zip(keywords, weights, strict=True))
         )
         return loss.to(accumulation_dtype(z))
     return _loss(z.contiguous(), *weights, path, ranks, wants_gradient(z))[0]
@@ -165,13 +171,13 @@ def _lean_loss(
     total, world = sum(rows), len(rows)
     kept = way == "gram"  # the energy holds the diagonals, sum_i var_i^2
     mean, x = centred(z, total, group)
-    var = sum_ranks(column_dots(x, x), group) / (total - 1)  # (V, D)
+    var = all_reduce_sum(column_dots(x, x), group) / (total - 1)  # (V, D)
     operand, scale = x.to(operand_dtype(z, standardized=False)), 1 / (total - 1)
     energy, product = energy_and_product(
         operand, rows, pairs=False, path=way, scale=scale, group=group, product=gradient
     )
     std = (var + eps).sqrt()
-    apart = sum_ranks(cross_gaps(z).sum() / 2, group)
+    apart = all_reduce_sum(cross_gaps(z).sum() / 2, group)
     off = energy - var.square().sum() if kept else energy
     loss = weights.apart * apart + weights.hinge * F.relu(gamma - std).sum() + weights.energy * off
     if not gradient:
