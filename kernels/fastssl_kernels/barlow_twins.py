@@ -38,15 +38,13 @@ from fastssl_kernels._columns import (
 from fastssl_kernels._dispatch import use_triton
 from fastssl_kernels._precision import accumulation_dtype, operand_dtype
 from fastssl_kernels._triton.barlow_twins import fused_gradient, fused_loss
-from fastssl_kernels._validation import stack_views
+from fastssl_kernels._validation import Path, check_views
 from fastssl_kernels.distributed import (
     all_gather_with_grad,
     all_reduce_sum,
-    group_name,
-    local_rows,
     row_counts,
 )
-from fastssl_kernels.second_moment import Path, check_path, choose_path, energy_and_product
+from fastssl_kernels.second_moment import choose_path, energy_and_product
 
 Pairing = Literal["pairs", "mean"]
 
@@ -101,12 +99,9 @@ def barlow_twins_loss(
     ValueError on other shapes, dtypes, mixed devices, an unknown path or pairing, a foreign group.
     Source: arXiv:2103.03230, eq. 1; "mean": arXiv:2312.10725.
     """
-    name = "barlow_twins_loss"
-    z = stack_views(views, name, rows=local_rows(group))
-    check_path(path, name)
+    z, ranks = check_views(views, "barlow_twins_loss", path=path, group=group)
     if pairing not in ("pairs", "mean"):
-        raise ValueError(f"{name}: pairing is {pairing!r}; choose 'pairs' or 'mean'")
-    ranks = group_name(group, name)
+        raise ValueError(f"barlow_twins_loss: pairing is {pairing!r}; choose 'pairs' or 'mean'")
     if path == "eager":
         batch = all_gather_with_grad(z, ranks)
         loss = barlow_twins_loss_reference(batch, lambd=lambd, eps=eps, pairing=pairing)

@@ -16,17 +16,14 @@ from torch import Tensor
 
 from fastssl_kernels._autograd import register_scaled_gradient, wants_gradient
 from fastssl_kernels._precision import accumulation_dtype
-from fastssl_kernels._validation import stack_views
+from fastssl_kernels._validation import Path, check_views
 from fastssl_kernels.distributed import (
     all_gather_padded,
     all_gather_with_grad,
     all_reduce_sum,
-    group_name,
-    local_rows,
     padded_offset,
     row_counts,
 )
-from fastssl_kernels.second_moment import Path, check_path
 
 
 def coding_rate_reference(views: Tensor | Sequence[Tensor], *, eps_sq: float = 0.2) -> Tensor:
@@ -57,12 +54,9 @@ def coding_rate(
     I + a Z^T Z is not positive definite in that precision. ValueError on other shapes or dtypes,
     mixed devices, eps_sq <= 0, an unknown path, a foreign group.
     """
-    name = "coding_rate"
-    z = stack_views(views, name, at_least=1, rows=local_rows(group))
-    check_path(path, name)
+    z, ranks = check_views(views, "coding_rate", path=path, group=group, min_views=1)
     if not eps_sq > 0:
-        raise ValueError(f"{name}: eps_sq is {eps_sq}; it must be positive")
-    ranks = group_name(group, name)
+        raise ValueError(f"coding_rate: eps_sq is {eps_sq}; it must be positive")
     if path == "eager":
         batch = all_gather_with_grad(z.to(accumulation_dtype(z)), ranks)
         return coding_rate_reference(batch, eps_sq=eps_sq)

@@ -40,11 +40,6 @@ def group_name(group: Any, op: str) -> str:
     return group.group_name
 
 
-def local_rows(group: Any) -> int:
-    """The fewest rows that one process may pass: 2 of a global batch, 1 of a shard."""
-    return 2 if group is None else 1
-
-
 def _resolve(name: str) -> Any:
     resolve: Any = dist.distributed_c10d._resolve_process_group
     return resolve(name)

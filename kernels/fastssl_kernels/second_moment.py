@@ -18,7 +18,7 @@ Shapes: V views, N batch, n rows of this rank, D embedding.
 
 from collections.abc import Iterator, Sequence
 from itertools import combinations
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,18 +26,14 @@ from torch import Tensor
 from fastssl_kernels._autograd import register_scaled_gradient, wants_gradient
 from fastssl_kernels._columns import column_dots, cross_dots
 from fastssl_kernels._precision import accumulation_dtype
-from fastssl_kernels._validation import stack_views
+from fastssl_kernels._validation import Path, check_views
 from fastssl_kernels.distributed import (
     all_gather_padded,
     all_gather_with_grad,
     all_reduce_sum,
-    group_name,
-    local_rows,
     row_counts,
 )
 
-Path = Literal["auto", "gram", "direct", "eager"]
-PATHS = ("auto", "gram", "direct", "eager")
 SLAB = 2**20  # elements of a slab on a CPU (4 MiB of fp32)
 SLAB_CUDA = 2**24  # elements of a slab on a GPU (32 MiB of bf16, less than its L2 cache)
 
@@ -53,11 +49,6 @@ def second_moment_energy_reference(
         c = a.T @ b  # (D, D)
         total.append((c if diagonal else c - torch.diag(c.diagonal())).square().sum())
     return torch.stack(total).sum()
-
-
-def check_path(path: str, op: str) -> None:
-    if path not in PATHS:
-        raise ValueError(f"{op}: path is {path!r}; choose one of {', '.join(PATHS)}")
 
 
 def choose_path(path: str, x: Tensor, total: int, pairs: bool) -> str:
@@ -193,10 +184,10 @@ def second_moment_energy(
 
     Returns float32 (float64 for float64 input). ValueError on shapes, dtypes, devices, path, group.
     """
-    name = "second_moment_energy"
-    z = stack_views(views, name, at_least=2 if pairs else 1, rows=local_rows(group))
-    check_path(path, name)
-    ranks = group_name(group, name)
+    min_views = 2 if pairs else 1
+    z, ranks = check_views(
+        views, "second_moment_energy", path=path, group=group, min_views=min_views
+    )
     if path == "eager":
         value = second_moment_energy_reference(
             all_gather_with_grad(z, ranks), pairs=pairs, diagonal=diagonal

@@ -35,15 +35,13 @@ from fastssl_kernels._columns import (
 from fastssl_kernels._dispatch import use_triton
 from fastssl_kernels._precision import accumulation_dtype, operand_dtype
 from fastssl_kernels._triton.vicreg import Weights, fused_gradient, fused_loss
-from fastssl_kernels._validation import stack_views
+from fastssl_kernels._validation import Path, check_views
 from fastssl_kernels.distributed import (
     all_gather_with_grad,
     all_reduce_sum,
-    group_name,
-    local_rows,
     row_counts,
 )
-from fastssl_kernels.second_moment import Path, check_path, choose_path, energy_and_product
+from fastssl_kernels.second_moment import choose_path, energy_and_product
 
 
 def vicreg_loss_reference(
@@ -105,10 +103,7 @@ def vicreg_loss(
     ValueError on other shapes, dtypes, mixed devices, an unknown path, a foreign group.
     Source: arXiv:2105.04906, eq. 1-6, with the official code's halved variance term.
     """
-    name = "vicreg_loss"
-    z = stack_views(views, name, rows=local_rows(group))
-    check_path(path, name)
-    ranks = group_name(group, name)
+    z, ranks = check_views(views, "vicreg_loss", path=path, group=group)
     weights = (sim_coeff, std_coeff, cov_coeff, gamma, eps)
     if path == "eager":
         keywords = ("sim_coeff", "std_coeff", "cov_coeff", "gamma", "eps")
