@@ -15,9 +15,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastssl_kernels._precision import accumulation_dtype
 from fastssl_kernels._similarity import KINDS, self_similarity_lse, similarity_lse
@@ -82,7 +81,7 @@ def nt_xent_loss(
     ValueError on other shapes, dtypes, temperatures or similarities, a foreign group.
     """
     z = stack_views(views, "nt_xent_loss")
-    _check_options(temperature, similarity, "nt_xent_loss")
+    check_options(temperature, similarity, "nt_xent_loss")
     group_name(group, "nt_xent_loss")
     shard = Shard.of_batch(z.shape[0] * z.shape[1], group)
     z = _normalised(z) * _factor(temperature, similarity)
@@ -116,7 +115,7 @@ def info_nce_loss(
     ValueError on other shapes, dtypes or temperatures, a foreign group.
     """
     _check_pair(queries, keys, symmetric, group)
-    _check_options(temperature, "cosine", "info_nce_loss")
+    check_options(temperature, "cosine", "info_nce_loss")
     group_name(group, "info_nce_loss")
     shard = Shard.of_batch(len(queries), group)
     factor = _factor(temperature, "cosine")
@@ -137,26 +136,6 @@ def info_nce_loss(
     return (rows + columns) / (2 * shard.classes)
 
 
-class NTXentLoss(nn.Module):
-    """nt_xent_loss of two views in lightly's module form: same arguments, same values.
-
-    gather_distributed: contrast the batches of all ranks, if there are any. The value is then the
-        mean over all ranks' rows, on every rank.
-    """
-
-    def __init__(self, temperature: float = 0.5, gather_distributed: bool = False) -> None:
-        super().__init__()
-        _check_options(temperature, "cosine", "NTXentLoss")
-        self.temperature = temperature
-        self.gather_distributed = gather_distributed
-
-    def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
-        """(N, D), (N, D) -> ()"""
-        ranks = self.gather_distributed and dist.is_available() and dist.is_initialized()
-        group = dist.group.WORLD if ranks else None
-        return nt_xent_loss((out0, out1), temperature=self.temperature, group=group)
-
-
 def _normalised(z: Tensor) -> Tensor:
     """Rows of norm 1, in float32 or float64."""
     return F.normalize(z.to(accumulation_dtype(z)), dim=-1)
@@ -171,7 +150,8 @@ def _shape(s: Tensor, similarity: str) -> Tensor:
     return {"cosine": s, "squared": s.square(), "absolute": s.abs()}[similarity]
 
 
-def _check_options(temperature: float | Tensor, similarity: str, name: str) -> None:
+def check_options(temperature: float | Tensor, similarity: str, name: str) -> None:
+    """ValueError for a temperature that is not positive or an unknown similarity."""
     if isinstance(temperature, Tensor):
         if temperature.ndim or not temperature.is_floating_point():
             shape = f"{tuple(temperature.shape)} {temperature.dtype}"
