@@ -122,19 +122,26 @@ def _loss(
 
     All but the loss are for the backward pass, and empty where no gradient is wanted.
     """
+    rows = row_counts(z, group)
+    resolved_path = choose_path(path, z, sum(rows), pairs=not by_mean)
     with torch.autocast(z.device.type, enabled=False):
         if use_triton(z) and not by_mean and not group:
-            return fused_loss(z, lambd, eps, path, gradient)
-        return _lean_loss(z, lambd, eps, by_mean, path, group, gradient)
+            return fused_loss(z, lambd, eps, resolved_path, gradient)
+        return _lean_loss(z, rows, lambd, eps, by_mean, resolved_path, group, gradient)
 
 
 def _lean_loss(
-    z: Tensor, lambd: float, eps: float, by_mean: bool, path: str, group: str, gradient: bool
+    z: Tensor,
+    rows: list[int],
+    lambd: float,
+    eps: float,
+    by_mean: bool,
+    resolved_path: str,
+    group: str,
+    gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`_loss` in torch operations: any device, any group."""
-    rows = row_counts(z, group)
     total = sum(rows)
-    way = choose_path(path, z[:1] if by_mean else z, total, pairs=not by_mean)
     mean, h = centred(z, total, group)
     rstd = (all_reduce_sum(column_dots(h, h), group) / total + eps).rsqrt()  # (V, D)
     h *= rstd[:, None]
@@ -142,14 +149,20 @@ def _lean_loss(
     r = gaps / -2  # (V, V, D)
     x = (h.mean(0, keepdim=True) if by_mean else h).to(operand_dtype(z, standardized=True))
     energy, product = energy_and_product(
-        x, rows, pairs=not by_mean, path=way, scale=1 / total, group=group, product=gradient
+        x,
+        rows,
+        pairs=not by_mean,
+        path=resolved_path,
+        scale=1 / total,
+        group=group,
+        product=gradient,
     )
     terms = _mean_terms if by_mean else _pair_terms
-    loss, alpha, w = terms(r, energy, lambd, total, kept=way == "gram")
+    loss, alpha, w = terms(r, energy, lambd, total, includes_diagonal=resolved_path == "gram")
     if not gradient:
         return no_gradient(loss)
-    pull = all_reduce_sum(column_dots(product, h), group)  # (V, D)
-    t = alpha / total * pull + (w + w * r).sum(1)  # (V, D) column means of dL/dh_a * h_a
+    product_dots = all_reduce_sum(column_dots(product, h), group)  # (V, D)
+    t = alpha / total * product_dots + (w + w * r).sum(1)  # (V, D) column means of dL/dh_a * h_a
     for a in range(len(z)):
         w[a, a] -= t[a]
     world = len(rows)  # data-parallel averaging divides by it again
@@ -158,27 +171,27 @@ def _lean_loss(
 
 
 def _pair_terms(
-    r: Tensor, energy: Tensor, lambd: float, total: int, kept: bool
+    r: Tensor, energy: Tensor, lambd: float, total: int, includes_diagonal: bool
 ) -> tuple[Tensor, float, Tensor]:
-    """(loss, alpha, w (V, V, D)) for all pairs. `kept`: the energy still holds the diagonals."""
+    """(loss, alpha, w (V, V, D)) for all pairs. The energy may include the diagonals."""
     views = len(r)
     pairs = views * (views - 1) / 2
     apart = ~torch.eye(views, dtype=torch.bool, device=r.device)[..., None]  # a != b
-    on = torch.where(apart, r.square() - lambd * kept * (1 + r).square(), 0).sum() / 2
-    w = torch.where(apart, r - lambd * kept * (1 + r), 0) * (2 / (total * pairs))
+    on = torch.where(apart, r.square() - lambd * includes_diagonal * (1 + r).square(), 0).sum() / 2
+    w = torch.where(apart, r - lambd * includes_diagonal * (1 + r), 0) * (2 / (total * pairs))
     return (on + lambd * energy) / pairs, 2 * lambd / (total * pairs), w
 
 
 def _mean_terms(
-    r: Tensor, energy: Tensor, lambd: float, total: int, kept: bool
+    r: Tensor, energy: Tensor, lambd: float, total: int, includes_diagonal: bool
 ) -> tuple[Tensor, float, Tensor]:
     """(loss, alpha, w (V, V, D)) for each view against the mean of all, as `_pair_terms`."""
     views = len(r)
     to_mean = r.mean(1)  # (V, D): (h_v^T m / N)_ii - 1
-    own = 1 + to_mean.mean(0)  # (D,): (m^T m / N)_ii
-    off = energy - own.square().sum() if kept else energy
+    diagonal = 1 + to_mean.mean(0)  # (D,): (m^T m / N)_ii
+    off = energy - diagonal.square().sum() if includes_diagonal else energy
     loss = to_mean.square().sum() / views + lambd * off
-    w = to_mean[:, None] + to_mean[None] - 2 * lambd * kept * own
+    w = to_mean[:, None] + to_mean[None] - 2 * lambd * includes_diagonal * diagonal
     return loss, 4 * lambd / (total * views), w * (2 / (views**2 * total))
 
 
@@ -218,13 +231,6 @@ def _gradient(
                 rows.addcmul_(x[b], coef[:, b, None])
             out[:, r] = rows
     return out
-
-
-@_gradient.register_fake
-def _(
-    grad: Tensor, z: Tensor, product: Tensor, mean: Tensor, scale: Tensor, coef: Tensor
-) -> Tensor:
-    return torch.empty_like(z)
 
 
 register_gradient(_loss, _gradient)

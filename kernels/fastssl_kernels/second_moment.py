@@ -130,13 +130,13 @@ def _energy(
     """(E, dE/dz), the gradient empty where it is not asked for. dE/dz is kept in fp32 or fp64."""
     x = z.to(accumulation_dtype(z))
     rows = row_counts(z, group)
-    way = choose_path(path, z, sum(rows), pairs)
+    resolved_path = choose_path(path, z, sum(rows), pairs)
     with torch.autocast(z.device.type, enabled=False):
         energy, product = energy_and_product(
-            x, rows, pairs=pairs, path=way, scale=1.0, group=group, product=gradient
+            x, rows, pairs=pairs, path=resolved_path, scale=1.0, group=group, product=gradient
         )
     correction = diagonal - (
-        way == "gram"
+        resolved_path == "gram"
     )  # what `energy_and_product` included, against what is asked
     if correction:
         if pairs:

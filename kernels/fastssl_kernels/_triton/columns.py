@@ -14,6 +14,18 @@ BLOCK_D = 32  # columns of a kernel's tile: 64 B of bf16, two sectors
 SLOTS = 1024  # partial sums that a kernel adds at once
 
 
+def column_grid(z: Tensor) -> tuple[int, int]:
+    """A program for each block of columns of each view of z (V, N, D)."""
+    views, _, width = z.shape
+    return triton.cdiv(width, BLOCK_D), views
+
+
+def tile_grid(z: Tensor) -> tuple[int, int, int]:
+    """A program for each tile of each view of z (V, N, D)."""
+    views, n, width = z.shape
+    return triton.cdiv(width, BLOCK_D), triton.cdiv(n, BLOCK_N), views
+
+
 @triton.jit
 def load_tile(z_ptr, view, start, cols, N, D, BLOCK_N: tl.constexpr):
     """z[view, start : start + BLOCK_N, cols] in fp32, 0 outside, and which rows are inside."""
