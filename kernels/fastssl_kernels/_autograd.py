@@ -1,4 +1,4 @@
-"""Losses whose op returns, beside the loss, its gradient or what that needs.
+"""Backward passes of ops that return, beside the loss, its gradient or what that needs.
 
 Shapes: V views, n rows of this rank, D embedding.
 """
@@ -10,12 +10,12 @@ from torch import Tensor
 
 
 def wants_gradient(z: Tensor) -> bool:
-    """Whether a backward pass through z may follow."""
+    """Whether a backward pass through z is possible."""
     return torch.is_grad_enabled() and z.requires_grad
 
 
 def no_gradient(loss: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What an op returns where no gradient is wanted: the loss, and nothing to save."""
+    """What an op returns without a gradient: the loss, and empty tensors."""
     return loss, loss.new_empty(0), loss.new_empty(0), loss.new_empty(0), loss.new_empty(0)
 
 

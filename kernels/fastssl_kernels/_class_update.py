@@ -5,8 +5,8 @@ torch.optim.AdamW (decoupled decay, bias correction) or torch.optim.SGD (momentu
 the dense gradient: on CUDA a tile product with the optimizer in its epilogue, elsewhere a product
 that stays in cache and torch's own fused step on the block. A step whose incoming gradient is not
 finite changes nothing. Classes that were not sampled have the gradient 0: they still decay, and
-still move by their momentum. Were they left as they are, a class's step would come in bursts, and
-the second moment of one that is sampled in a share r of the steps would be 1 / r of the dense one.
+still move by their momentum. If they were skipped, a class would move in bursts, and the second
+moment of a class sampled in a share r of the steps would be 1 / r of the dense one.
 
 Shapes: N batch, D embedding, K classes, C classes in a block, S sampled classes.
 """
@@ -20,28 +20,28 @@ import torch
 from torch import Tensor
 
 from fastssl_kernels._class_softmax import (
-    Saved,
+    SavedForBackward,
     Statistics,
     block_classes,
     blocks,
     class_statistics,
     gradient_blocks,
-    or_zeros,
+    zeros_for_none,
 )
 from fastssl_kernels._dispatch import matmul_t, use_triton
 from fastssl_kernels._precision import accumulation_dtype
 from fastssl_kernels._triton import class_update as kernels
 
 STALE = (
-    "DIETHead: the weight was updated after this forward, so this backward would meet other logits "
-    "than the forward saw. A head with a fused optimizer takes one backward() for each forward; "
+    "DIETHead: the weight was updated after this forward, so this backward would see other "
+    "logits than the forward. A head with a fused optimizer takes one backward() for each forward; "
     "losses of several forwards in one backward, and gradient accumulation, need "
     "DIETHead(optimizer=None) and an optimizer of your own"
 )
 
 
 class OptimizerStep(NamedTuple):
-    """One optimizer step: the rule's name and numbers, and what is known on the device only."""
+    """One optimizer step: the rule and its numbers, and tensors that only the device can read."""
 
     rule: str  # "adamw" | "sgd"
     first: float  # AdamW: beta1; SGD: momentum
@@ -94,12 +94,12 @@ def _update_block(
             dampening=0.0,
             nesterov=False,
             maximize=False,
-            is_first_step=False,  # the buffer starts at zero, which comes to the same
+            is_first_step=False,  # the buffer starts at zero, with the same result
             found_inf=by.skip,
         )
 
 
-def _step(
+def _optimizer_step(
     healthy: Tensor,
     number: Tensor,
     lr: Tensor,
@@ -130,7 +130,7 @@ def class_update(
     labels: Tensor,
     lse: Tensor,
     target: Tensor,
-    low: Tensor,
+    lse_lo: Tensor,
     exponentials: Tensor,
     references: Tensor,
     rows: Tensor | None,
@@ -152,15 +152,15 @@ def class_update(
     """
     x, labels = x.contiguous(), labels.contiguous()
     weight = w if copy is None else copy
-    s = Saved(x, weight, None, labels, lse, target, low, exponentials, references)
+    s = SavedForBackward(x, weight, None, labels, lse, target, lse_lo, exponentials, references)
     dx = torch.zeros_like(x, dtype=accumulation_dtype(x))
     healthy = g_lse.isfinite().all()
     step += healthy
-    by = _step(healthy, step, lr, rule, first, second, eps, weight_decay)
-    whole: tuple[Tensor, ...] = (w, m, v)
-    parts = whole
+    by = _optimizer_step(healthy, step, lr, rule, first, second, eps, weight_decay)
+    every: tuple[Tensor, ...] = (w, m, v)
+    parts = every
     if rows is not None:
-        parts = tuple(t.index_select(0, rows) if len(t) else t for t in whole)
+        parts = tuple(t.index_select(0, rows) if len(t) else t for t in every)
     update_block = kernels.update_block if use_triton(x) else _update_block
     with torch.autocast(x.device.type, enabled=False):
         for start, stop, g, unscale in gradient_blocks(s, g_lse, g_target, g_sum, dx):
@@ -169,8 +169,8 @@ def class_update(
             # all classes step with the gradient 0, of no rows; then the sampled ones are written
             for _, start, stop in blocks(len(w), block_classes(x)):
                 no_rows = x.new_empty(0, stop - start)
-                update_block(no_rows, x[:0], whole, torch.ones_like(by.skip), start, stop, by)
-            for t, part in zip(whole, parts, strict=True):
+                update_block(no_rows, x[:0], every, torch.ones_like(by.skip), start, stop, by)
+            for t, part in zip(every, parts, strict=True):
                 if len(t):
                     t.index_copy_(0, rows, part)
     return dx.to(x.dtype)
@@ -210,13 +210,11 @@ def _(x, copy, labels, save, rows, w, *_):
 
 def _setup_context(ctx, inputs, output) -> None:
     x, copy, labels, _, rows, w, m, v, step, lr, *ctx.rule = inputs
-    lse, target, _, low, exponentials, references = output
-    ctx.mark_non_differentiable(low, exponentials, references)
+    lse, target, _, lse_lo, exponentials, references = output
+    ctx.mark_non_differentiable(lse_lo, exponentials, references)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(
-        *(x, copy, labels, lse, target, low, exponentials, references),
-        *(rows, w, m, v, step, lr),
-    )
+    results = (lse, target, lse_lo, exponentials, references)
+    ctx.save_for_backward(x, copy, labels, *results, rows, w, m, v, step, lr)
 
 
 def _backward(ctx, g_lse, g_target, g_sum, *_):
@@ -226,7 +224,7 @@ def _backward(ctx, g_lse, g_target, g_sum, *_):
         if "inplace" not in str(error):
             raise
         raise ValueError(STALE) from error
-    grads = or_zeros((g_lse, g_target, g_sum), saved[3])
+    grads = zeros_for_none((g_lse, g_target, g_sum), saved[3])
     dx = class_update(*grads, *saved, *ctx.rule)
     return dx, *[None] * 14
 

@@ -1,4 +1,4 @@
-"""In which precision sums are kept, products are formed, and what rounding leaves is carried on.
+"""Accumulation dtypes, compensated sums, and scales for float16.
 
 A log-sum-exp is kept as two floats, lse + lse_lo: the rounded value and its rounding error, so that
 lse - target stays accurate where the loss is far smaller than lse.

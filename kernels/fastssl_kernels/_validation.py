@@ -83,7 +83,7 @@ def _(x: Tensor, valid: Tensor, message: str) -> Tensor:
 def plain_loss(loss: Tensor, message: str) -> Tensor:
     """A copy of `loss` () whose backward raises `message` unless the gradient it gets is exactly 1.
 
-    Where the loss is not finite it passes NaN on, so whoever updates on the way can tell.
+    Where the loss is not finite the gradient becomes NaN, which a fused optimizer step checks.
     """
     return loss.clone()
 

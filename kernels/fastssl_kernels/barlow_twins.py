@@ -92,11 +92,12 @@ def barlow_twins_loss(
     lambd: weight of the off-diagonal terms. eps: added to the biased variance of each column.
     pairing: for V > 2 views, the mean over "pairs", or each against the "mean" of all.
     path: "gram" | "direct", "auto" for the one that multiplies less, or "eager", the reference.
-    group: ranks whose rows form one batch. Statistics and loss are the whole batch's, and so is the
-        gradient after data-parallel averaging (`_group` has the contract).
+    group: ranks whose rows form one batch. Statistics and loss are those of the global batch, and
+        so is the gradient after data-parallel averaging (distributed.py has the contract).
 
     Takes float64, 32, 16 or bfloat16, V >= 2, N >= 2; returns float32 (float64 for float64).
-    ValueError on other shapes, dtypes, mixed devices, an unknown path or pairing, a foreign group.
+    ValueError on other shapes, dtypes, mixed devices, an unknown path or pairing, a group without
+    this rank.
     Source: arXiv:2103.03230, eq. 1; "mean": arXiv:2312.10725.
     """
     z, ranks = check_views(views, "barlow_twins_loss", path=path, group=group)
@@ -107,7 +108,7 @@ def barlow_twins_loss(
         loss = barlow_twins_loss_reference(batch, lambd=lambd, eps=eps, pairing=pairing)
         return loss.to(accumulation_dtype(z))
     by_mean = pairing == "mean" and len(z) > 2
-    if z.shape[1] == 2 and not ranks:  # columns are +-1 and the gradient all but cancels
+    if z.shape[1] == 2 and not ranks:  # columns are +-1 and the gradient nearly cancels
         return _loss(z.double(), lambd, eps, by_mean, path, "", wants_gradient(z))[0].to(
             accumulation_dtype(z)
         )
@@ -118,9 +119,9 @@ def barlow_twins_loss(
 def _loss(
     z: Tensor, lambd: float, eps: float, by_mean: bool, path: str, group: str, gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, P (V or 1, n, D), mean (V, D), scale (V, D), coef (V, V, D)), see the file's head.
+    """(loss, P (V or 1, n, D), mean (V, D), scale (V, D), coef (V, V, D)), see above.
 
-    All but the loss are for the backward pass, and empty where no gradient is wanted.
+    All but the loss are for the backward pass; without `gradient` they are empty.
     """
     rows = row_counts(z, group)
     resolved_path = choose_path(path, z, sum(rows), pairs=not by_mean)

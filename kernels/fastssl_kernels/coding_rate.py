@@ -48,11 +48,11 @@ def coding_rate(
     EMP-SSL's loss is its negative. Rows are taken as they are; the paper makes them unit length.
     eps_sq: the paper's distortion epsilon^2.
     path: "gram" for N x N, "direct" for D x D, "auto" for the smaller, or "eager", the reference.
-    group: ranks whose rows form one batch (`_group` has the contract for value and gradient).
+    group: ranks whose rows form one batch (distributed.py has the contract for value and gradient).
 
     Takes float64, 32, 16 or bfloat16, computes in float32 or float64 and returns that. NaN where
     I + a Z^T Z is not positive definite in that precision. ValueError on other shapes or dtypes,
-    mixed devices, eps_sq <= 0, an unknown path, a foreign group.
+    mixed devices, eps_sq <= 0, an unknown path, a group without this rank.
     """
     z, ranks = check_views(views, "coding_rate", path=path, group=group, min_views=1)
     if not eps_sq > 0:
@@ -65,7 +65,7 @@ def coding_rate(
 
 @torch.library.custom_op("fastssl::coding_rate", mutates_args=())
 def _rate(z: Tensor, eps_sq: float, path: str, group: str, gradient: bool) -> tuple[Tensor, Tensor]:
-    """(R, dR/dz), the gradient in fp32 or fp64, and empty where it is not asked for."""
+    """(R, dR/dz), the gradient in fp32 or fp64, and empty where not requested."""
     rows = row_counts(z, group)
     total, width = sum(rows), z.shape[2]
     weight = width / (total * eps_sq)

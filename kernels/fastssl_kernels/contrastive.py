@@ -43,10 +43,10 @@ def nt_xent_loss_reference(
     z = F.normalize(torch.stack(tuple(views)), dim=2)
     count, n = z.shape[:2]
     s = _shape(z.flatten(0, 1) @ z.flatten(0, 1).T, similarity) / temperature  # (V N, V N)
-    own = torch.eye(count * n, dtype=torch.bool, device=z.device)
+    is_self = torch.eye(count * n, dtype=torch.bool, device=z.device)
     image = torch.arange(n, device=z.device).repeat(count)
-    positive = (image == image[:, None]) & ~own
-    lse = s.masked_fill(own, -torch.inf).logsumexp(1)
+    positive = (image == image[:, None]) & ~is_self
+    lse = s.masked_fill(is_self, -torch.inf).logsumexp(1)
     return (lse - s.where(positive, 0).sum(1) / (count - 1)).mean()
 
 
@@ -75,10 +75,10 @@ def nt_xent_loss(
     temperature: a positive number, or a tensor (), which gets its gradient.
     similarity: "cosine", or its "squared" or "absolute" value (arXiv:2206.02574).
     group: ranks whose batches are contrasted together, each of N rows. The loss is that of the
-        whole batch on every rank; gradients carry the factor of the world size that data-parallel
+        global batch on every rank; gradients carry the factor of the world size that data-parallel
         averaging removes.
 
-    ValueError on other shapes, dtypes, temperatures or similarities, a foreign group.
+    ValueError on other shapes, dtypes, temperatures or similarities, a group without this rank.
     """
     z = stack_views(views, "nt_xent_loss")
     check_options(temperature, similarity, "nt_xent_loss")
@@ -88,13 +88,13 @@ def nt_xent_loss(
     z = cast_for_product(z, z, None)[0]
     rows, n, kind = z.flatten(0, 1), z.shape[1], KINDS[similarity]
     if shard.world == 1:
-        lse, low, positive = self_similarity_lse(rows, n, kind)
+        lse, lse_lo, positive = self_similarity_lse(rows, n, kind)
     else:
-        everything = all_gather_inputs(rows, shard)
+        all_keys = all_gather_inputs(rows, shard)
         rows = scale_grad_by_world_size(rows, shard.world)
         first = shard.first
-        lse, low, _, _, positive = similarity_lse(rows, everything, first, n, True, kind, False)
-    losses = (lse - positive / (len(z) - 1)) + low  # (V N,)
+        lse, lse_lo, _, _, positive = similarity_lse(rows, all_keys, first, n, True, kind, False)
+    losses = (lse - positive / (len(z) - 1)) + lse_lo  # (V N,)
     return all_reduce_with_grad(losses.sum(), shard) / shard.classes
 
 
@@ -110,9 +110,9 @@ def info_nce_loss(
 
     Keys (M, D): M = N, or with symmetric=False M >= N, the rows from N on being further negatives
     (a queue). Rows are normalised here. float64 for float64 inputs. temperature and group are those
-    of nt_xent_loss; in a group every rank brings as many queries and keys, M = N.
+    of nt_xent_loss; in a group every rank has the same number of queries and keys, M = N.
 
-    ValueError on other shapes, dtypes or temperatures, a foreign group.
+    ValueError on other shapes, dtypes or temperatures, a group without this rank.
     """
     _check_pair(queries, keys, symmetric, group)
     check_options(temperature, "cosine", "info_nce_loss")
@@ -120,18 +120,18 @@ def info_nce_loss(
     shard = Shard.of_batch(len(queries), group)
     factor = _factor(temperature, "cosine")
     q, k, _ = cast_for_product(_normalised(queries) * factor, _normalised(keys) * factor, None)
-    everything = all_gather_inputs(k, shard)
+    all_keys = all_gather_inputs(k, shard)
     if shard.world > 1:
         q = scale_grad_by_world_size(q, shard.world)
-    row, row_low, col, col_low, positive = similarity_lse(
-        q, everything, shard.first, len(q), False, KINDS["cosine"], symmetric
+    row, row_lo, col, col_lo, positive = similarity_lse(
+        q, all_keys, shard.first, len(q), False, KINDS["cosine"], symmetric
     )
-    rows = all_reduce_with_grad(((row - positive) + row_low).sum(), shard)
+    rows = all_reduce_with_grad(((row - positive) + row_lo).sum(), shard)
     if not symmetric:
         return rows / shard.classes
-    col, col_low = all_reduce_lse(col, col_low, [], shard)  # of all ranks' keys
+    col, col_lo = all_reduce_lse(col, col_lo, [], shard)  # of all ranks' keys
     fixed = positive.detach()  # in value, each column's; in gradient, this rank's
-    columns = ((col - all_gather_rows(fixed, shard)) + col_low).sum()
+    columns = ((col - all_gather_rows(fixed, shard)) + col_lo).sum()
     columns = columns - all_reduce_with_grad((positive - fixed).sum(), shard)
     return (rows + columns) / (2 * shard.classes)
 

@@ -112,6 +112,6 @@ def _log_exp_covariance(views: Sequence[Tensor], temperature: float) -> Tensor:
     for z in views:
         x = z - z.mean(0)
         cov = x.T @ x / ((len(x) - 1) * temperature)  # (D, D)
-        own = torch.eye(len(cov), dtype=torch.bool, device=cov.device)
-        terms.append(cov.masked_fill(own, -torch.inf).logsumexp(1).mean())
+        diagonal = torch.eye(len(cov), dtype=torch.bool, device=cov.device)
+        terms.append(cov.masked_fill(diagonal, -torch.inf).logsumexp(1).mean())
     return 2 * torch.stack(terms).mean()

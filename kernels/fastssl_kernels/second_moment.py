@@ -3,7 +3,7 @@
     E = sum_{ij} (Xa^T Xb)_ij^2,    dE/dXa = 2 Xb (Xb^T Xa)
 
 for all pairs a < b of V views, or for each view with itself (b = a; the gradient doubles), with or
-without the diagonals i = j. Three ways to the same number:
+without the diagonals i = j. Three paths to the same number:
 
 - gram: ||Xa^T Xb||_F^2 = <Ka, Kb> with Ka = Xa Xa^T, (N, N). All pairs are one sum of Grams:
   sum_{a<b} <Ka, Kb> = 1/2 sum_a <Ka, S - Ka> with S = sum_a Ka, and dE/dXa = 2 (S - Ka) Xa.
@@ -77,21 +77,21 @@ def energy_and_product(
 
 
 def _gram(
-    x: Tensor, everyone: Tensor, pairs: bool, scale: float, group: str, product: bool
+    x: Tensor, gathered: Tensor, pairs: bool, scale: float, group: str, product: bool
 ) -> tuple[Tensor, Tensor]:
-    """Through rows of the Gram matrices: this rank's rows against everyone's (V, N, D)."""
+    """Through rows of the Gram matrices: this rank's rows against all ranks' (V, N, D)."""
     views, n, _ = x.shape
     out = torch.empty_like(x) if product else x.new_empty(0)
     energy = x.new_zeros((), dtype=accumulation_dtype(x))
-    for r in slabs(n, n, views * everyone.shape[1], x):
-        mine = x[:, r]
+    for r in slabs(n, n, views * gathered.shape[1], x):
+        local = x[:, r]
         k = torch.baddbmm(
-            x.new_empty(()), mine, everyone.transpose(1, 2), beta=0, alpha=scale
+            x.new_empty(()), local, gathered.transpose(1, 2), beta=0, alpha=scale
         )  # (V, rows, N)
         others = k.sum(0) - k if pairs else k
         energy += (k.to(energy.dtype) * others).sum() * (0.5 if pairs else 1.0)
         if product:
-            torch.bmm(others, everyone, out=out[:, r])
+            torch.bmm(others, gathered, out=out[:, r])
     return all_reduce_sum(energy, group), out
 
 
@@ -116,9 +116,9 @@ def _direct(
     return energy, out
 
 
-def slabs(length: int, most: int, depth: int, x: Tensor) -> Iterator[slice]:
-    """Slices of range(length), at most `most` long, each times `depth` within a slab's elements."""
-    step = max(1, min(most, (SLAB_CUDA if x.is_cuda else SLAB) // depth))
+def slabs(length: int, longest: int, depth: int, x: Tensor) -> Iterator[slice]:
+    """Slices of range(length) of at most `longest`; times `depth` each fits a slab."""
+    step = max(1, min(longest, (SLAB_CUDA if x.is_cuda else SLAB) // depth))
     for start in range(0, length, step):
         yield slice(start, min(start + step, length))
 
@@ -127,7 +127,7 @@ def slabs(length: int, most: int, depth: int, x: Tensor) -> Iterator[slice]:
 def _energy(
     z: Tensor, pairs: bool, diagonal: bool, path: str, group: str, gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """(E, dE/dz), the gradient empty where it is not asked for. dE/dz is kept in fp32 or fp64."""
+    """(E, dE/dz), the gradient empty where not requested. dE/dz is kept in fp32 or fp64."""
     x = z.to(accumulation_dtype(z))
     rows = row_counts(z, group)
     resolved_path = choose_path(path, z, sum(rows), pairs)
@@ -180,7 +180,7 @@ def second_moment_energy(
     pairs: all pairs of V >= 2 views; False: each of V >= 1 views with itself.
     diagonal: whether the terms i = j count.
     path: "gram" | "direct", "auto" for the one that multiplies less, or "eager", the reference.
-    group: ranks whose rows form one batch (`_group` has the contract for value and gradient).
+    group: ranks whose rows form one batch (distributed.py has the contract for value and gradient).
 
     Returns float32 (float64 for float64 input). ValueError on shapes, dtypes, devices, path, group.
     """

@@ -11,8 +11,8 @@ column:
 
     dL/dz_a = alpha P_a + diag_coef_a (z_a - mean_a) + invariance_grad (z_a - mean_v z_v)
 
-`diag_coef` holds the hinge and, on the Gram path, minus the covariance's diagonal. The centring needs no
-backward pass: the columns of P_a and of z_a - mean_a sum to 0 already.
+`diag_coef` holds the hinge and, on the Gram path, minus the covariance's diagonal. The centring
+needs no backward pass: the columns of P_a and of z_a - mean_a sum to 0 already.
 
 Shapes: V views, N batch, n rows of this rank, D embedding.
 """
@@ -96,11 +96,11 @@ def vicreg_loss(
     sim_coeff, std_coeff, cov_coeff: weights of invariance, variance, covariance.
     gamma: the standard deviation that the hinge asks for. eps: added to the unbiased variance.
     path: "gram" | "direct", "auto" for the one that multiplies less, or "eager", the reference.
-    group: ranks whose rows form one batch. Statistics and loss are the whole batch's, and so is the
-        gradient after data-parallel averaging (`_group` has the contract).
+    group: ranks whose rows form one batch. Statistics and loss are those of the global batch, and
+        so is the gradient after data-parallel averaging (distributed.py has the contract).
 
     Takes float64, 32, 16 or bfloat16, V >= 2, N >= 2; returns float32 (float64 for float64).
-    ValueError on other shapes, dtypes, mixed devices, an unknown path, a foreign group.
+    ValueError on other shapes, dtypes, mixed devices, an unknown path, a group without this rank.
     Source: arXiv:2105.04906, eq. 1-6, with the official code's halved variance term.
     """
     z, ranks = check_views(views, "vicreg_loss", path=path, group=group)
@@ -153,19 +153,19 @@ def _loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, P (V, n, D), mean (V, D), diag_coef (V, D), [alpha, invariance_grad] (2,)): see above.
 
-    All but the loss are for the backward pass, and empty where no gradient is wanted.
+    All but the loss are for the backward pass; without `gradient` they are empty.
     """
     rows = row_counts(z, group)
     resolved_path = choose_path(path, z, sum(rows), pairs=False)
     views, _, width = z.shape
-    invariance = 2 * sim_coeff / (views * (views - 1) * sum(rows) * width)
-    energy = 2 * cov_coeff / (views * width)
+    invariance_weight = 2 * sim_coeff / (views * (views - 1) * sum(rows) * width)
+    energy_weight = 2 * cov_coeff / (views * width)
     weights = Weights(
-        invariance=invariance,
+        invariance=invariance_weight,
         hinge=std_coeff / (views * width),
-        energy=energy,
-        alpha=4 * energy / (sum(rows) - 1),
-        invariance_grad=2 * views * invariance,
+        energy=energy_weight,
+        alpha=4 * energy_weight / (sum(rows) - 1),
+        invariance_grad=2 * views * invariance_weight,
         gamma=gamma,
         eps=eps,
     )

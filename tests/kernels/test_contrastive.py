@@ -249,20 +249,20 @@ def test_every_tile_compiles_without_spills() -> None:
             tile = similarity_kernels.tile(torch.empty(0, dtype=dtype))
             sides = {k: v for k, v in tile.items() if k.startswith("BLOCK")}
             launch = {"num_warps": tile["num_warps"], "num_stages": tile["num_stages"]}
-            sizes = dict.fromkeys(("N", "M", "first", "low", "high", "period"), "i32")
-            sizes |= {"D": "i32:16"}
+            sizes = dict.fromkeys(("N", "M", "first", "period"), "i32") | {"D": "i32:16"}
+            sizes |= dict.fromkeys(("positives_start", "positives_stop"), "i32")
             lse = {"q_ptr": name, "k_ptr": name, "row_ptr": "*fp32", "col_ptr": "*fp32"}
             grads = ("g_row_ptr", "g_positive_ptr", "g_col_ptr", "g_positive_col_ptr")
             grad = lse | dict.fromkeys(grads, "*fp32") | {"h_ptr": name}
             for kind, columns in ((0, True), (0, False), (1, True), (2, True)):
-                flags = {"KIND": kind, "COLUMNS": columns, "OWN": True, "EVEN_D": True}
+                flags = {"KIND": kind, "COLUMNS": columns, "EXCLUDE_SELF": True, "EVEN_D": True}
                 flags |= {"PRECISION": "ieee"}
                 module = "fastssl_kernels._triton.similarity:"
                 constants = {**flags, **sides}
                 found.append(Kernel(module + "_lse_kernel", lse | sizes, constants, cc, **launch))
                 sizes_stride = {**sizes, "stride": "i32"}
                 backward = module + "_gradient_kernel"
-                constants = {**constants, "SELF": columns}
+                constants = {**constants, "SYMMETRIC": columns}
                 found.append(Kernel(backward, grad | sizes_stride, constants, cc, **launch))
     for resources in compile_offline(found):
         assert_ships(resources, dot=resources.kernel.signature["q_ptr"] == "*bf16")

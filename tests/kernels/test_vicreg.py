@@ -93,9 +93,8 @@ def test_kernels_ship() -> None:
     weights = ("gamma", "eps", "invariance_weight", "hinge_weight", "diagonal_weight", "alpha")
     weights += ("diagonal_alpha", "invariance_grad")
     arguments = {
-        "_columns_kernel": "z_ptr x_ptr mean_ptr diag_coef_ptr factors_ptr partial_ptr V N D gamma eps "
-        "invariance_weight hinge_weight diagonal_weight alpha diagonal_alpha "
-        "invariance_grad",
+        "_columns_kernel": "z_ptr x_ptr mean_ptr diag_coef_ptr factors_ptr partial_ptr V N D gamma "
+        "eps invariance_weight hinge_weight diagonal_weight alpha diagonal_alpha invariance_grad",
         "_gradient_kernel": "grad_ptr z_ptr p_ptr mean_ptr diag_coef_ptr factors_ptr out_ptr V N D",
     }
     types = {**dict.fromkeys(vectors, "*fp32"), **dict.fromkeys(weights, "fp32"), "V": "i32"}
