@@ -109,9 +109,8 @@ def barlow_twins_loss(
         return loss.to(accumulation_dtype(z))
     by_mean = pairing == "mean" and len(z) > 2
     if z.shape[1] == 2 and not ranks:  # columns are +-1 and the gradient nearly cancels
-        return _loss(z.double(), lambd, eps, by_mean, path, "", wants_gradient(z))[0].to(
-            accumulation_dtype(z)
-        )
+        loss = _loss(z.double(), lambd, eps, by_mean, path, "", wants_gradient(z))[0]
+        return loss.to(accumulation_dtype(z))
     return _loss(z.contiguous(), lambd, eps, by_mean, path, ranks, wants_gradient(z))[0]
 
 
@@ -174,12 +173,13 @@ def _lean_loss(
 def _pair_terms(
     r: Tensor, energy: Tensor, lambd: float, total: int, includes_diagonal: bool
 ) -> tuple[Tensor, float, Tensor]:
-    """(loss, alpha, w (V, V, D)) for all pairs. The energy may include the diagonals."""
+    """(loss, alpha, w (V, V, D)) for all pairs. `includes_diagonal` is about the energy."""
     views = len(r)
     pairs = views * (views - 1) / 2
-    apart = ~torch.eye(views, dtype=torch.bool, device=r.device)[..., None]  # a != b
-    on = torch.where(apart, r.square() - lambd * includes_diagonal * (1 + r).square(), 0).sum() / 2
-    w = torch.where(apart, r - lambd * includes_diagonal * (1 + r), 0) * (2 / (total * pairs))
+    distinct = ~torch.eye(views, dtype=torch.bool, device=r.device)[..., None]  # a != b
+    included = lambd * includes_diagonal
+    on = torch.where(distinct, r.square() - included * (1 + r).square(), 0).sum() / 2
+    w = torch.where(distinct, r - included * (1 + r), 0) * (2 / (total * pairs))
     return (on + lambd * energy) / pairs, 2 * lambd / (total * pairs), w
 
 

@@ -84,10 +84,8 @@ def _gram(
     out = torch.empty_like(x) if product else x.new_empty(0)
     energy = x.new_zeros((), dtype=accumulation_dtype(x))
     for r in slabs(n, n, views * gathered.shape[1], x):
-        local = x[:, r]
-        k = torch.baddbmm(
-            x.new_empty(()), local, gathered.transpose(1, 2), beta=0, alpha=scale
-        )  # (V, rows, N)
+        columns = gathered.transpose(1, 2)
+        k = torch.baddbmm(x.new_empty(()), x[:, r], columns, beta=0, alpha=scale)  # (V, rows, N)
         others = k.sum(0) - k if pairs else k
         energy += (k.to(energy.dtype) * others).sum() * (0.5 if pairs else 1.0)
         if product:
@@ -135,9 +133,8 @@ def _energy(
         energy, product = energy_and_product(
             x, rows, pairs=pairs, path=resolved_path, scale=1.0, group=group, product=gradient
         )
-    correction = diagonal - (
-        resolved_path == "gram"
-    )  # what `energy_and_product` included, against what is asked
+    includes_diagonal = resolved_path == "gram"  # of the energy and the product so far
+    correction = int(diagonal) - int(includes_diagonal)
     if correction:
         if pairs:
             dots = all_reduce_sum(cross_dots(x), group)

@@ -126,10 +126,9 @@ def _columns_kernel(
         for start in range(0, N, BLOCK_N):
             za, rows, _ = load_tile(z_ptr, a, start, cols, N, D, BLOCK_N)
             zb, _, _ = load_tile(z_ptr, b, start, cols, N, D, BLOCK_N)
-            gap = (za - mean_a[None, :]) * rstd_a[None, :] - (zb - mean_b[None, :]) * rstd_b[
-                None, :
-            ]
-            gaps += tl.where(rows, gap * gap, 0.0)
+            ha = (za - mean_a[None, :]) * rstd_a[None, :]
+            hb = (zb - mean_b[None, :]) * rstd_b[None, :]
+            gaps += tl.where(rows, (ha - hb) * (ha - hb), 0.0)
         r = -0.5 * (tl.sum(gaps, axis=0) / N + eps * (rstd_a * rstd_a + rstd_b * rstd_b))
         tl.store(r_ptr + (a * V + b) * D + cols, r, mask=inside)
         on += tl.where(inside & (b != a), r * r - diagonal * (1 + r) * (1 + r), 0.0)
