@@ -1,7 +1,6 @@
 """NT-Xent and InfoNCE: values, gradients, memory, ranks, and what they refuse."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -18,31 +17,17 @@ from fastssl_kernels import (
     nt_xent_loss_reference,
 )
 from fastssl_kernels import _similarity as similarity
-from fastssl_kernels._dispatch import interpreted
 from fastssl_kernels._triton import similarity as similarity_kernels
 from tests.helpers.gloo import on_ranks
 from tests.helpers.numerics import assert_within_budget, relative_error, value_and_grads
 from tests.helpers.offline_compile import Kernel, assert_ships, compile_offline
+from tests.helpers.triton_mode import Context, dtypes
 
-Context = Callable[[], AbstractContextManager[None]]
 SIZES = [(2, 2, 3), (2, 32, 64), (2, 65, 33), (3, 43, 7)]  # V, N, D
-
-
-@pytest.fixture(params=["torch", "triton"])
-def path(request: pytest.FixtureRequest, device: str) -> Context:
-    if device == "cuda":
-        if request.param == "torch":
-            pytest.skip("a GPU runs the kernels; the torch path is for float64")
-        return nullcontext
-    return nullcontext if request.param == "torch" else interpreted
 
 
 def draw(*shape: int, device: str = "cpu") -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(device)
-
-
-def dtypes(device: str) -> list[torch.dtype]:
-    return [torch.float32, torch.bfloat16 if device == "cuda" else torch.float16]
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)

@@ -1,7 +1,6 @@
 """DIETHead: its modes train the same, its fused step is torch's, its shards are one head."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,8 @@ from fastssl_kernels._triton import class_update as update_kernels
 from tests.helpers.gloo import on_ranks
 from tests.helpers.numerics import relative_error
 from tests.helpers.offline_compile import Kernel, assert_ships, compile_offline
+from tests.helpers.triton_mode import Context
 
-Context = Callable[[], AbstractContextManager[None]]
 Optimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
 
 RULES: dict[str, tuple[dict[str, Any], Optimizer]] = {
@@ -38,15 +37,6 @@ RULES: dict[str, tuple[dict[str, Any], Optimizer]] = {
         lambda w: torch.optim.SGD(w, lr=1e-2),
     ),
 }
-
-
-@pytest.fixture(params=["torch", "triton"])
-def path(request: pytest.FixtureRequest, device: str) -> Context:
-    if device == "cuda":
-        if request.param == "torch":
-            pytest.skip("a GPU runs the kernels; the torch path is for float64")
-        return nullcontext
-    return nullcontext if request.param == "torch" else interpreted
 
 
 @pytest.mark.parametrize("rule", RULES)
