@@ -17,7 +17,7 @@ Shapes: N batch, D embedding, K classes, C classes in a block.
 """
 
 # mypy: allow-untyped-defs
-# (Triton kernels and autograd callbacks carry no types.)
+# (autograd callbacks carry no types)
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -38,8 +38,8 @@ class SavedForBackward(NamedTuple):
     x: Tensor  # (N, D)
     w: Tensor  # (K, D)
     bias: Tensor | None  # (K,)
-    labels: Tensor  # (N,) int64; outside [0, K) for rows without a target here
-    lse: Tensor  # (N,), and so target and lse_lo
+    labels: Tensor  # (N,) int64; outside [0, K) where the class is another rank's
+    lse: Tensor  # (N,), as are target and lse_lo
     target: Tensor
     lse_lo: Tensor
     exponentials: Tensor  # (ceil(K / C), N, C), exp(z - reference), or empty: recompute
@@ -107,7 +107,7 @@ def _statistics(
 
 
 def _gradient_block(s: SavedForBackward, grads: Tensor, i: int, start: int, stop: int) -> Tensor:
-    """G (N, C) of block i, in the work dtype. grads (3, N) as in `gradient_blocks`."""
+    """G (N, C) of block i, in the accumulation dtype. grads (3, N) as in `gradient_blocks`."""
     g_lse, g_label, g_sum = grads[:, :, None]
     if len(s.exponentials):
         scale = g_lse * (s.references[i] - s.lse).exp()[:, None]

@@ -12,7 +12,7 @@ Shapes: N batch, D embedding, K classes, C classes in a block, S sampled classes
 """
 
 # mypy: allow-untyped-defs
-# (Triton kernels and autograd callbacks carry no types.)
+# (autograd callbacks carry no types)
 
 from typing import NamedTuple
 
@@ -61,41 +61,41 @@ def _update_block(
     unscale: Tensor,
     start: int,
     stop: int,
-    by: OptimizerStep,
+    opt: OptimizerStep,
 ) -> None:
     """kernels.update_block with torch's fused optimizers; g was not scaled."""
     w, m, v = ([part[start:stop]] if len(part) else [] for part in parts)
     dw = matmul_t(g.T, x.T).to(w[0].dtype) if len(x) else torch.zeros_like(w[0])  # (C, D)
-    if by.rule == "adamw":
+    if opt.rule == "adamw":
         torch._fused_adamw_(
             w,
             [dw],
             m,
             v,
             [],
-            [by.number],
-            lr=by.lr,
-            beta1=by.first,
-            beta2=by.second,
-            weight_decay=by.weight_decay,
-            eps=by.eps,
+            [opt.number],
+            lr=opt.lr,
+            beta1=opt.first,
+            beta2=opt.second,
+            weight_decay=opt.weight_decay,
+            eps=opt.eps,
             amsgrad=False,
             maximize=False,
-            found_inf=by.skip,
+            found_inf=opt.skip,
         )
     else:
         torch._fused_sgd_(
             w,
             [dw],
             m,
-            lr=by.lr,
-            momentum=by.first,
-            weight_decay=by.weight_decay,
+            lr=opt.lr,
+            momentum=opt.first,
+            weight_decay=opt.weight_decay,
             dampening=0.0,
             nesterov=False,
             maximize=False,
             is_first_step=False,  # the buffer starts at zero, with the same result
-            found_inf=by.skip,
+            found_inf=opt.skip,
         )
 
 
@@ -156,21 +156,21 @@ def class_update(
     dx = torch.zeros_like(x, dtype=accumulation_dtype(x))
     healthy = g_lse.isfinite().all()
     step += healthy
-    by = _optimizer_step(healthy, step, lr, rule, first, second, eps, weight_decay)
-    every: tuple[Tensor, ...] = (w, m, v)
-    parts = every
+    opt = _optimizer_step(healthy, step, lr, rule, first, second, eps, weight_decay)
+    state: tuple[Tensor, ...] = (w, m, v)
+    parts = state
     if rows is not None:
-        parts = tuple(t.index_select(0, rows) if len(t) else t for t in every)
+        parts = tuple(t.index_select(0, rows) if len(t) else t for t in state)
     update_block = kernels.update_block if use_triton(x) else _update_block
     with torch.autocast(x.device.type, enabled=False):
         for start, stop, g, unscale in gradient_blocks(s, g_lse, g_target, g_sum, dx):
-            update_block(g, x, parts, unscale, start, stop, by)
+            update_block(g, x, parts, unscale, start, stop, opt)
         if rows is not None:
             # all classes step with the gradient 0, of no rows; then the sampled ones are written
             for _, start, stop in blocks(len(w), block_classes(x)):
                 no_rows = x.new_empty(0, stop - start)
-                update_block(no_rows, x[:0], every, torch.ones_like(by.skip), start, stop, by)
-            for t, part in zip(every, parts, strict=True):
+                update_block(no_rows, x[:0], state, torch.ones_like(opt.skip), start, stop, opt)
+            for t, part in zip(state, parts, strict=True):
                 if len(t):
                     t.index_copy_(0, rows, part)
     return dx.to(x.dtype)

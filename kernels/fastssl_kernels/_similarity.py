@@ -56,10 +56,10 @@ class Pairs(NamedTuple):
 class Upstream(NamedTuple):
     """Log-sum-exps and their incoming gradients; those of columns are (0,) where unused."""
 
-    row: Tensor  # (N,), and so g_row and g_positive
+    row: Tensor  # (N,), as are g_row and g_positive
     g_row: Tensor
     g_positive: Tensor
-    col: Tensor  # (M,), and so g_col
+    col: Tensor  # (M,), as is g_col
     g_col: Tensor
     g_positive_col: Tensor  # (M,) for q = k, else (0,)
 
@@ -167,7 +167,7 @@ def _gradients(
     if use_triton(q) and q.dtype == torch.float16:
         grads = {n: g for n, g in up._asdict().items() if n.startswith("g_")}
         bound = torch.stack([g.abs().max() for g in grads.values() if len(g)]).sum()
-        # not 2^15 as for class gradients: the derivative of the square, 2 q.k, comes on top
+        # not 2^15 as for class gradients: the derivative of the square, 2 q.k, multiplies it
         scale = power_of_two_scale(bound, exponent=10)
         unscale = 1 / scale
         up = up._replace(**{n: g * scale for n, g in grads.items()})

@@ -80,15 +80,15 @@ def _(x: Tensor, valid: Tensor, message: str) -> Tensor:
 
 
 @torch.library.custom_op("fastssl::plain_loss", mutates_args=())
-def plain_loss(loss: Tensor, message: str) -> Tensor:
-    """A copy of `loss` () whose backward raises `message` unless the gradient it gets is exactly 1.
+def require_unit_grad(loss: Tensor, message: str) -> Tensor:
+    """A copy of `loss` () whose backward raises `message` unless its incoming gradient is 1.
 
     Where the loss is not finite the gradient becomes NaN, which a fused optimizer step checks.
     """
     return loss.clone()
 
 
-@plain_loss.register_fake
+@require_unit_grad.register_fake
 def _(loss: Tensor, message: str) -> Tensor:
     return torch.empty_like(loss)
 
@@ -103,4 +103,4 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
     return checked(grad, grad == 1, ctx.message) + 0 * loss, None
 
 
-plain_loss.register_autograd(_backward, setup_context=_setup_context)
+require_unit_grad.register_autograd(_backward, setup_context=_setup_context)

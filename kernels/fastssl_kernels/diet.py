@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastssl_kernels._class_softmax import class_statistics
 from fastssl_kernels._class_update import class_statistics_updating
-from fastssl_kernels._validation import checked, plain_loss
+from fastssl_kernels._validation import checked, require_unit_grad
 from fastssl_kernels.distributed import (
     Shard,
     all_gather_inputs,
@@ -31,7 +31,7 @@ from fastssl_kernels.linear_cross_entropy import (
 )
 
 EPS = 1e-8  # torch.optim.AdamW's
-INIT_ROWS = 65536  # rows of a block of the initial weight, which any sharding draws alike
+INIT_ROWS = 65536  # the initial weight is sampled in blocks, so that it is the same for any shards
 
 FUSED_ONLY = (
     "DIETHead: with a fused optimizer the loss must reach backward() as it is, with gradient 1. "
@@ -55,7 +55,7 @@ class DIETHead(nn.Module):
     trainer's other settings.
 
     sample_rate: below 1, each training step takes the softmax over a sample of that share of the
-        classes, drawn from (seed, step) and always holding those of the batch (Partial FC,
+        classes, drawn from (seed, draws) and always holding those of the batch (Partial FC,
         arXiv:2203.15565). An approximation: the loss is that of a data set of the sample's size,
         smoothing included. Classes outside the sample get the gradient 0, fused or not: they decay
         and move by their momentum, without which accuracy falls.
@@ -158,7 +158,7 @@ class DIETHead(nn.Module):
         lse, target, total, lse_lo, _, _ = statistics
         lse, lse_lo, target, total = all_reduce_lse(lse, lse_lo, [target, total], shard)
         loss = smoothed_rows(lse, lse_lo, target, total, classes, self.label_smoothing).mean()
-        return plain_loss(loss, FUSED_ONLY) if fused else loss
+        return require_unit_grad(loss, FUSED_ONLY) if fused else loss
 
     def refuse_unless_plain(
         self, *, clip_norm: float | None = None, accumulate: int = 1, grad_scaler: bool = False

@@ -7,7 +7,7 @@ without the diagonals i = j. Three paths to the same number:
 
 - gram: ||Xa^T Xb||_F^2 = <Ka, Kb> with Ka = Xa Xa^T, (N, N). All pairs are one sum of Grams:
   sum_{a<b} <Ka, Kb> = 1/2 sum_a <Ka, S - Ka> with S = sum_a Ka, and dE/dXa = 2 (S - Ka) Xa.
-  4 N^2 D V multiply-adds; rows of K at a time, so no N x N matrix stays when N is large.
+  4 N^2 D V multiply-adds; rows of K at a time, so no N x N matrix is stored when N is large.
 - direct: slabs of columns of Xa^T Xb, squared and used at once. 3 N D^2 per pair, 2 N D^2 per view.
 - eager: the reference, which writes D x D matrices.
 

@@ -94,7 +94,7 @@ def vicreg_loss(
     """VICReg loss of views (V, N, D), or of a sequence of V tensors (N, D) -> ().
 
     sim_coeff, std_coeff, cov_coeff: weights of invariance, variance, covariance.
-    gamma: the standard deviation that the hinge asks for. eps: added to the unbiased variance.
+    gamma: the hinge's target standard deviation. eps: added to the unbiased variance.
     path: "gram" | "direct", "auto" for the one that multiplies less, or "eager", the reference.
     group: ranks whose rows form one batch. Statistics and loss are those of the global batch, and
         so is the gradient after data-parallel averaging (distributed.py has the contract).
@@ -128,7 +128,7 @@ def vicreg_loss(
 
 
 class Weights(NamedTuple):
-    """Factors of the sums in the loss and in the gradient, and the hinge's two numbers."""
+    """Factors of the sums in the loss and in the gradient, and the hinge's constants."""
 
     invariance: float  # of sum_{a < b} ||z_a - z_b||^2
     hinge: float  # of sum over views and columns of relu(gamma - std)

@@ -9,7 +9,7 @@ Shapes: N batch, D embedding, K classes, C classes in a block.
 """
 
 # mypy: allow-untyped-defs
-# (Triton kernels and autograd callbacks carry no types.)
+# (a Triton kernel's arguments have no Python types)
 
 import torch
 import triton

@@ -79,7 +79,7 @@ def _halves(acc):
 def _update_kernel(
     g_ptr,  # (N, stride), this block's
     x_ptr,  # (N, D)
-    w_ptr,  # (K, D), and so m and v
+    w_ptr,  # (K, D), as are m and v
     m_ptr,
     v_ptr,
     hyper_ptr,  # (4,) float32: healthy; AdamW: 1 - lr decay, lr / bias1, 1 / sqrt(bias2); SGD: lr
@@ -137,30 +137,30 @@ def update_block(
     unscale: Tensor,
     start: int,
     stop: int,
-    by: "OptimizerStep",
+    opt: "OptimizerStep",
 ) -> None:
     """Updates w, m, v = parts in [start, stop) in place with the gradient unscale * g.T @ x."""
     config = tile(x)
     programs = triton.cdiv(stop - start, config["BLOCK_C"])
     programs *= triton.cdiv(x.shape[1], config["BLOCK_D"])
-    b = by.second if by.rule == "adamw" else by.weight_decay
+    b = opt.second if opt.rule == "adamw" else opt.weight_decay
     _update_kernel[(programs,)](
         g,
         x,
         *parts,
-        by.hyper,
+        opt.hyper,
         unscale,
         start,
         stop,
         len(x),
         x.shape[1],
         g.stride(0),
-        by.first,
-        1 - by.first,
+        opt.first,
+        1 - opt.first,
         b,
         1 - b,
-        by.eps,
-        ADAMW=by.rule == "adamw",
+        opt.eps,
+        ADAMW=opt.rule == "adamw",
         PRECISION=dot_precision(),
         **config,
     )
