@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastssl.config import Config
-from fastssl_kernels.distributed import gather_batch, group_name
+from fastssl_kernels import distributed as by_name  # its groups are names
 
 Net = TypeVar("Net", bound=nn.Module)
 TIMEOUT = timedelta(minutes=10)  # of a collective that a rank never joins
@@ -132,8 +132,9 @@ def rank_batch(config: Config, world: int) -> int:
 
 def all_gather_with_grad(z: Tensor, group: Any) -> Tensor:
     """The views of all ranks (V, N, D) from this rank's, with the gradient that averaging over
-    ranks makes the whole batch's."""
-    return gather_batch(z, group_name(group, "all_gather_with_grad"))
+    ranks makes the global batch's."""
+    name = by_name.group_name(group, "all_gather_with_grad")
+    return by_name.all_gather_with_grad(z, name)
 
 
 def all_gather_index(index: Tensor, group: Any) -> Tensor:

@@ -42,6 +42,7 @@ OWN_FILE = {
     "numba": {f"cpu/{name}.py" for name in ("kernels", "numba_ops", "intrinsics")},
     "llvmlite": {"cpu/intrinsics.py"},
 }  # outside the bench's path
+TRITON_FOLDERS = ("kernels/fastssl_kernels/_triton", "pipelines/fastssl_pipelines/augment/cuda")
 SOURCES = [(folder, path) for folder in ALLOWED for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
@@ -68,6 +69,11 @@ def test_arrows(folder: str, path: Path) -> None:
         assert library not in imported(path) or "/".join(path.parts[-2:]) in files, (
             f"{library} belongs in {files} alone"
         )
+
+
+def test_triton_is_imported_in_its_folders_alone() -> None:
+    importers = {path.parent for _, path in SOURCES if "triton" in imported(path)}
+    assert importers == {ROOT / folder for folder in TRITON_FOLDERS}
 
 
 def test_the_rule_sees_a_stranger(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from fastssl_kernels.barlow_twins import barlow_twins_loss, barlow_twins_loss_reference
 from fastssl_kernels.coding_rate import coding_rate, coding_rate_reference
 from fastssl_kernels.contrastive import (
-    NTXentLoss,
     info_nce_loss,
     info_nce_loss_reference,
     nt_xent_loss,
@@ -16,7 +15,7 @@ from fastssl_kernels.duality import (
     vicreg_ctr_loss,
     vicreg_exp_loss,
 )
-from fastssl_kernels.lightly import BarlowTwinsLoss, VICRegLoss
+from fastssl_kernels.lightly import BarlowTwinsLoss, NTXentLoss, VICRegLoss
 from fastssl_kernels.linear_cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_reference,

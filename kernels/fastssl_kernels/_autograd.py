@@ -1,9 +1,8 @@
-"""Losses whose op returns, beside the loss, its gradient or what that needs.
+"""Backward passes of ops that return, beside the loss, its gradient or what that needs.
 
 Shapes: V views, n rows of this rank, D embedding.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,20 +10,25 @@ from torch import Tensor
 
 
 def wants_gradient(z: Tensor) -> bool:
-    """Whether a backward pass through z may follow."""
+    """Whether a backward pass through z is possible."""
     return torch.is_grad_enabled() and z.requires_grad
 
 
 def no_gradient(loss: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What an op returns where no gradient is wanted: the loss, and nothing to save."""
+    """What an op returns without a gradient: the loss, and empty tensors."""
     return loss, loss.new_empty(0), loss.new_empty(0), loss.new_empty(0), loss.new_empty(0)
 
 
-def register_gradient(op: Any, gradient: Callable[..., Tensor]) -> None:
+def register_gradient(op: Any, gradient: Any) -> None:
     """Give the custom op `op`(z (V, n, D), ...) -> (loss (), *saved) its backward pass.
 
-    `gradient`(grad (), z, *saved) -> grad * dL/dz. The other inputs of the op get none.
+    The custom op `gradient`(grad (), z, *saved) -> grad * dL/dz, shaped and typed as z, gets its
+    fake here too. The other inputs of `op` get no gradient.
     """
+
+    @gradient.register_fake
+    def _(grad: Tensor, z: Tensor, *saved: Tensor) -> Tensor:
+        return torch.empty_like(z)
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.set_materialize_grads(False)

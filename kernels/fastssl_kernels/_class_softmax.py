@@ -1,4 +1,4 @@
-"""What a softmax over very many classes needs of its logits: three numbers a row, and one backward.
+"""Statistics of a softmax over very many classes: three numbers per row, and their gradient.
 
     z = x w^T + b,   lse_i = log sum_k exp z_ik,   target_i = z_{i, y_i},   sum_i = sum_k z_ik
     G_ik = dL/dz_ik = g_lse_i exp(z_ik - lse_i) + g_sum_i                           for k != y_i
@@ -8,16 +8,16 @@
 Any cross-entropy whose target mixes one class with the uniform distribution is a combination of
 these three (linear_cross_entropy.py), and they combine over shards of the classes. G is formed in
 float32, smoothing included, before anything is rounded: with e = 0.8 and a million classes the
-gradient is p - e / K almost everywhere. The target's entry stands apart: p - 1 would cancel where p
-is near 1. For the same reason lse comes with `low`, what rounding lse to one float left over:
-(lse - target) + low is the loss of a row even where it is 1e-6. Logits exist one block of classes
-at a time.
+gradient is p - e / K almost everywhere. The label's entry is computed separately: p - 1 would
+cancel where p is near 1. For the same reason lse is kept as two floats (_precision.py):
+(lse - target) + lse_lo is accurate even where the loss of a row is 1e-6. Logits exist one block of
+classes at a time.
 
 Shapes: N batch, D embedding, K classes, C classes in a block.
 """
 
 # mypy: allow-untyped-defs
-# (Triton kernels and autograd callbacks carry no types.)
+# (autograd callbacks carry no types)
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -25,32 +25,32 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastssl_kernels._dispatch import use_triton
-from fastssl_kernels._gemm import matmul_t
+from fastssl_kernels._dispatch import matmul_t, use_triton
+from fastssl_kernels._precision import accumulation_dtype, log_sum, power_of_two_scale
 from fastssl_kernels._triton import class_softmax as kernels
 
 Statistics = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-class Saved(NamedTuple):
-    """What a forward leaves for its backward."""
+class SavedForBackward(NamedTuple):
+    """Inputs and results of the forward that its backward reads."""
 
     x: Tensor  # (N, D)
     w: Tensor  # (K, D)
     bias: Tensor | None  # (K,)
-    labels: Tensor  # (N,) int64; outside [0, K) for rows without a target here
-    lse: Tensor  # (N,), and so target and low
+    labels: Tensor  # (N,) int64; outside [0, K) where the class is another rank's
+    lse: Tensor  # (N,), as are target and lse_lo
     target: Tensor
-    low: Tensor
+    lse_lo: Tensor
     exponentials: Tensor  # (ceil(K / C), N, C), exp(z - reference), or empty: recompute
     references: Tensor  # (blocks or tiles, N)
 
 
 def block_classes(x: Tensor) -> int:
-    """C: a block fits a cache and still makes products that run at full rate."""
+    """C: a block fits a cache, and its matrix products still run at full rate."""
     if use_triton(x):
         return kernels.block_classes(len(x))
-    return max(512, min(4096, 2**18 // len(x)))  # 1 MiB of logits; flat from 512 to 4096 at N = 256
+    return max(512, min(4096, 2**18 // len(x)))  # 1 MiB of logits; flat from 512 to 4096, N = 256
 
 
 def blocks(classes: int, size: int) -> Iterator[tuple[int, int, int]]:
@@ -59,16 +59,11 @@ def blocks(classes: int, size: int) -> Iterator[tuple[int, int, int]]:
         yield number, start, min(start + size, classes)
 
 
-def work_dtype(x: Tensor) -> torch.dtype:
-    """float64 for float64, else float32: what sums and results are kept in."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _saved_like(x: Tensor, classes: int, save: bool) -> tuple[Tensor, Tensor]:
     """Empty exponentials and references, or tensors of no elements."""
     if use_triton(x):
         return kernels.saved_like(x, classes, save)
-    size, dtype = min(block_classes(x), classes), work_dtype(x)
+    size, dtype = min(block_classes(x), classes), accumulation_dtype(x)
     count = -(-classes // size) if save else 0
     return x.new_empty(count, len(x), size, dtype=dtype), x.new_empty(count, len(x), dtype=dtype)
 
@@ -78,8 +73,8 @@ def _logits(x: Tensor, w: Tensor, bias: Tensor | None, start: int, stop: int) ->
     return z if bias is None else z.add_(bias[start:stop])
 
 
-def _own(labels: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """Each label's column in the block (N, 1), clamped, and whether it lies there (N, 1)."""
+def _label_columns(labels: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    """Each label's column in the block (N, 1), clamped, and whether it is inside (N, 1)."""
     column = (labels - start)[:, None]
     return column.clamp(0, stop - start - 1), (column >= 0) & (column < stop - start)
 
@@ -88,32 +83,32 @@ def _statistics(
     x: Tensor, w: Tensor, bias: Tensor | None, labels: Tensor, save: bool
 ) -> Statistics:
     """The statistics in torch, block by block; bf16 and fp16 are computed in float32 on a CPU."""
-    n, size, dtype = len(x), block_classes(x), work_dtype(x)
+    n, size, dtype = len(x), block_classes(x), accumulation_dtype(x)
     exponentials, references = _saved_like(x, len(w), save)
     if not x.is_cuda:
         x = x.to(dtype)
     target = x.new_zeros(n, 1, dtype=dtype)
     total = x.new_zeros(n, dtype=dtype)
-    tops, sums = [], []
+    maxima, sums = [], []
     for i, start, stop in blocks(len(w), size):
         z = _logits(x, w, bias, start, stop)
-        column, own = _own(labels, start, stop)
-        target += z.gather(1, column).where(own, 0)
+        column, in_block = _label_columns(labels, start, stop)
+        target += z.gather(1, column).where(in_block, 0)
         total += z.sum(1)
-        top = z.amax(1)
-        z.sub_(top[:, None])
+        maximum = z.amax(1)
+        z.sub_(maximum[:, None])
         e = torch.exp(z, out=exponentials[i, :, : stop - start] if save else z)
-        tops.append(top)
+        maxima.append(maximum)
         sums.append(e.sum(1))
         if save:
-            references[i] = top
-    lse, low = kernels.log_sum(torch.stack(tops), torch.stack(sums))
-    return lse, target[:, 0], total, low, exponentials, references
+            references[i] = maximum
+    lse, lse_lo = log_sum(torch.stack(maxima), torch.stack(sums))
+    return lse, target[:, 0], total, lse_lo, exponentials, references
 
 
-def _gradient_block(s: Saved, grads: Tensor, i: int, start: int, stop: int) -> Tensor:
-    """G (N, C) of block i, in the work dtype. grads (3, N) as in `gradient_blocks`."""
-    g_lse, entry, g_sum = grads[:, :, None]
+def _gradient_block(s: SavedForBackward, grads: Tensor, i: int, start: int, stop: int) -> Tensor:
+    """G (N, C) of block i, in the accumulation dtype. grads (3, N) as in `gradient_blocks`."""
+    g_lse, g_label, g_sum = grads[:, :, None]
     if len(s.exponentials):
         scale = g_lse * (s.references[i] - s.lse).exp()[:, None]
         g = s.exponentials[i, :, : stop - start] * scale
@@ -121,36 +116,36 @@ def _gradient_block(s: Saved, grads: Tensor, i: int, start: int, stop: int) -> T
         g = _logits(s.x, s.w, s.bias, start, stop)
         g.sub_(s.lse[:, None]).exp_().mul_(g_lse)
     g.add_(g_sum)
-    column, own = _own(s.labels, start, stop)
-    return g.scatter_(1, column, entry.where(own, g.gather(1, column)))
-
-
-def _half_scale(grads: Tensor) -> Tensor:
-    """() power of two for float16 blocks of G: times it, none overflows and few flush to zero.
-
-    |G| <= |g_lse| + |entry| + |g_sum|, brought to 2^15; the least float16 is 2^-39 of that.
-    Unscaled, gradients of 1e-8, which are DIET's, would all be lost.
-    """
-    bound = grads.abs().sum(0).max().clamp(min=1e-30)
-    return torch.exp2(torch.floor(15 - torch.log2(bound)))
+    column, in_block = _label_columns(s.labels, start, stop)
+    return g.scatter_(1, column, g_label.where(in_block, g.gather(1, column)))
 
 
 def gradient_blocks(
-    s: Saved, g_lse: Tensor, g_target: Tensor, g_sum: Tensor, dx: Tensor
+    s: SavedForBackward, g_lse: Tensor, g_target: Tensor, g_sum: Tensor, dx: Tensor
 ) -> Iterator[tuple[int, int, Tensor, Tensor]]:
     """(start, stop, G, unscale) of each block, whose gradient is unscale * G; dx (N, D) += G w."""
-    entry = g_lse * torch.expm1((s.target - s.lse) - s.low) + ((g_lse + g_target) + g_sum)
-    grads = torch.stack([g_lse * (-s.low).exp(), entry, g_sum])
+    g_label = g_lse * torch.expm1((s.target - s.lse) - s.lse_lo) + ((g_lse + g_target) + g_sum)
+    grads = torch.stack([g_lse * (-s.lse_lo).exp(), g_label, g_sum])
     unscale = torch.ones_like(grads[0, 0])
     triton = use_triton(s.x)
     if triton and s.x.dtype == torch.float16:
-        scale = _half_scale(grads)
+        # |G| <= |g_lse| + |g_label| + |g_sum|, brought to 2^15; the least float16 is 2^-39 of that.
+        # Unscaled, gradients of 1e-8, which are DIET's, would be lost.
+        scale = power_of_two_scale(grads.abs().sum(0).max(), exponent=15)
         grads, unscale = grads * scale, 1 / scale
     for i, start, stop in blocks(len(s.w), block_classes(s.x)):
         if triton:
             g = kernels.gradient_block(
-                *(s.x, s.w, s.bias, s.labels, s.lse, grads),
-                *(s.exponentials, s.references, start, stop),
+                s.x,
+                s.w,
+                s.bias,
+                s.labels,
+                s.lse,
+                grads,
+                s.exponentials,
+                s.references,
+                start,
+                stop,
             )
         else:
             g = _gradient_block(s, grads, i, start, stop)
@@ -163,7 +158,7 @@ def gradient_blocks(
 def class_statistics(
     x: Tensor, w: Tensor, bias: Tensor | None, labels: Tensor, save: bool
 ) -> Statistics:
-    """lse, target, sum, low, each (N,), and what `save` keeps: exponentials and references."""
+    """lse, target, sum, lse_lo, each (N,); with `save` also exponentials and references."""
     run = kernels.statistics if use_triton(x) else _statistics
     with torch.autocast(x.device.type, enabled=False):
         return run(x.contiguous(), w.contiguous(), bias, labels.contiguous(), save)
@@ -171,8 +166,9 @@ def class_statistics(
 
 @class_statistics.register_fake
 def _(x: Tensor, w: Tensor, bias: Tensor | None, labels: Tensor, save: bool) -> Statistics:
-    lse, target, total, low = (x.new_empty(len(x), dtype=work_dtype(x)) for _ in range(4))
-    return lse, target, total, low, *_saved_like(x, len(w), save)
+    dtype = accumulation_dtype(x)
+    lse, target, total, lse_lo = (x.new_empty(len(x), dtype=dtype) for _ in range(4))
+    return lse, target, total, lse_lo, *_saved_like(x, len(w), save)
 
 
 @torch.library.custom_op("fastssl::class_statistics_backward", mutates_args=())
@@ -186,21 +182,21 @@ def class_statistics_backward(
     labels: Tensor,
     lse: Tensor,
     target: Tensor,
-    low: Tensor,
+    lse_lo: Tensor,
     exponentials: Tensor,
     references: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx (N, D), dw (K, D), db (K,), or db (0,) without a bias."""
     x, w, labels = x.contiguous(), w.contiguous(), labels.contiguous()
-    s = Saved(x, w, bias, labels, lse, target, low, exponentials, references)
-    dx = torch.zeros_like(x, dtype=work_dtype(x))
+    s = SavedForBackward(x, w, bias, labels, lse, target, lse_lo, exponentials, references)
+    dx = torch.zeros_like(x, dtype=accumulation_dtype(x))
     dw = torch.empty_like(w)
     db = w.new_empty(0) if bias is None else torch.empty_like(bias)
     with torch.autocast(x.device.type, enabled=False):
         for start, stop, g, unscale in gradient_blocks(s, g_lse, g_target, g_sum, dx):
             dw[start:stop] = matmul_t(g.T, x.T).mul_(unscale)
             if bias is not None:
-                db[start:stop] = g.sum(0, dtype=work_dtype(x)) * unscale
+                db[start:stop] = g.sum(0, dtype=accumulation_dtype(x)) * unscale
     return dx.to(x.dtype), dw, db
 
 
@@ -210,22 +206,22 @@ def _(g_lse, g_target, g_sum, x, w, bias, *_):
     return torch.empty_like(x), torch.empty_like(w), db
 
 
-def or_zeros(grads: tuple[Tensor | None, ...], like: Tensor) -> list[Tensor]:
-    """The gradients of the statistics (N,), zero where one took no part in the loss."""
+def zeros_for_none(grads: tuple[Tensor | None, ...], like: Tensor) -> list[Tensor]:
+    """The gradients of the statistics (N,), zero where the loss does not depend on one."""
     return [torch.zeros_like(like) if g is None else g for g in grads]
 
 
 def _setup_context(ctx, inputs, output) -> None:
     x, w, bias, labels, _ = inputs
-    lse, target, _, low, exponentials, references = output
-    ctx.mark_non_differentiable(low, exponentials, references)
+    lse, target, _, lse_lo, exponentials, references = output
+    ctx.mark_non_differentiable(lse_lo, exponentials, references)
     ctx.set_materialize_grads(False)  # else backward would get zeros as large as the exponentials
-    ctx.save_for_backward(x, w, bias, labels, lse, target, low, exponentials, references)
+    ctx.save_for_backward(x, w, bias, labels, lse, target, lse_lo, exponentials, references)
 
 
 def _backward(ctx, g_lse, g_target, g_sum, *_):
     bias = ctx.saved_tensors[2]
-    grads = or_zeros((g_lse, g_target, g_sum), ctx.saved_tensors[4])
+    grads = zeros_for_none((g_lse, g_target, g_sum), ctx.saved_tensors[4])
     dx, dw, db = class_statistics_backward(*grads, *ctx.saved_tensors)
     return dx, dw, None if bias is None else db, None, None
 

@@ -8,12 +8,12 @@
 
 f is the identity, the square or the absolute value; temperatures are factors of q and k. Positives
 come from the products that the sums come from, and enter H before it is rounded, so that a small
-loss is a difference of equal errors. log-sum-exps come as two floats, as in _class_softmax.py.
+loss is a difference of equal errors. Log-sum-exps are kept as two floats (_precision.py).
 
-Which keys are positives: `first` is the key that stands for query 0, key first + i being query i's
-own. Of the N keys from there on, those a multiple of `period` away from i's own. With own=True the
-own key itself takes no part anywhere: a sample is no negative of itself. For q = k the matrix is
-symmetric, col = row, and dz = H z with both sides' terms in H is the whole gradient.
+Positives: key first + i is query i itself, or its counterpart. Of the N keys from `first` on, the
+positives of query i are those a multiple of `period` away from key first + i. With exclude_self
+that key is excluded from every sum: a sample is no negative of itself. For q = k the matrix is
+symmetric, col = row, and dz = H z with both sides' terms in H is the full gradient.
 
 Shapes: N queries, M keys, D embedding. Tiles are R x C.
 """
@@ -27,40 +27,39 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastssl_kernels._class_softmax import blocks, or_zeros, work_dtype
-from fastssl_kernels._dispatch import use_triton
-from fastssl_kernels._gemm import matmul_t
+from fastssl_kernels._class_softmax import blocks, zeros_for_none
+from fastssl_kernels._dispatch import matmul_t, use_triton
+from fastssl_kernels._precision import accumulation_dtype, power_of_two_scale, two_sum
 from fastssl_kernels._triton import similarity as kernels
-from fastssl_kernels._triton.class_softmax import two_sum
 
 KINDS = {"cosine": 0, "squared": 1, "absolute": 2}  # f
 Statistics = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 class Pairs(NamedTuple):
-    """Which key is whose positive, seen from a tile; see above."""
+    """Which keys are a query's positives, as diagonals of a tile; see above."""
 
     n: int  # queries
     first: int
     period: int
-    own: bool
+    exclude_self: bool
 
     def diagonals(self, rows: slice, columns: slice) -> list[tuple[int, bool]]:
-        """(offset, whether it is the own key's) of each diagonal of positives in the tile."""
-        own = self.first + rows.start - columns.start
-        far = self.n // self.period
-        offsets = (own + step * self.period for step in range(-far, far + 1))
+        """(offset, whether its keys are first + i) of each diagonal of positives in the tile."""
+        self_offset = self.first + rows.start - columns.start
+        periods = self.n // self.period
+        offsets = (self_offset + i * self.period for i in range(-periods, periods + 1))
         height, width = rows.stop - rows.start, columns.stop - columns.start
-        return [(o, o == own) for o in offsets if -height < o < width]
+        return [(o, o == self_offset) for o in offsets if -height < o < width]
 
 
 class Upstream(NamedTuple):
-    """Log-sum-exps and the gradients that arrive; of columns (0,) where there are none."""
+    """Log-sum-exps and their incoming gradients; those of columns are (0,) where unused."""
 
-    row: Tensor  # (N,), and so g_row and g_positive
+    row: Tensor  # (N,), as are g_row and g_positive
     g_row: Tensor
     g_positive: Tensor
-    col: Tensor  # (M,), and so g_col
+    col: Tensor  # (M,), as is g_col
     g_col: Tensor
     g_positive_col: Tensor  # (M,) for q = k, else (0,)
 
@@ -85,24 +84,24 @@ def _apply(z: Tensor, kind: int) -> Tensor:
 def _inside(view: Tensor, offset: int, pairs: Pairs, columns: slice) -> slice:
     """The part of a diagonal whose keys are among the N from `first` on."""
     start = max(offset, 0) + columns.start  # the diagonal's first key
-    low = max(pairs.first - start, 0)
-    return slice(low, max(min(pairs.first + pairs.n - start, len(view)), low))
+    begin = max(pairs.first - start, 0)
+    return slice(begin, max(min(pairs.first + pairs.n - start, len(view)), begin))
 
 
 def _tile_sums(
-    q: Tensor, k: Tensor, rows: slice, columns: slice, pairs: Pairs, kind: int, wanted: bool
+    q: Tensor, k: Tensor, rows: slice, columns: slice, pairs: Pairs, kind: int, with_columns: bool
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None, Tensor]:
     """(maximum, sum of exponentials) over rows and over columns, and positives (R,)."""
     s = _apply(matmul_t(q[rows], k[columns]), kind)
     positive = s.new_zeros(len(s))
-    for offset, own in pairs.diagonals(rows, columns):
+    for offset, is_self in pairs.diagonals(rows, columns):
         diagonal = s.diagonal(offset)
         part = _inside(diagonal, offset, pairs, columns)
-        if own and pairs.own:
+        if is_self and pairs.exclude_self:
             diagonal[part] = -1e30  # finite: a row of a tile may hold nothing else
         else:
             positive[max(-offset, 0) :][part] += diagonal[part]
-    return _sums(s, 1), _sums(s, 0) if wanted else None, positive
+    return _sums(s, 1), _sums(s, 0) if with_columns else None, positive
 
 
 def _sums(s: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -110,26 +109,26 @@ def _sums(s: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     return top.squeeze(dim), (s - top).exp_().sum(dim)
 
 
-def _merge(total: Tensor, part: slice, found: tuple[Tensor, Tensor]) -> None:
-    """Adds a tile's (maximum, sum) to the running ones (2, N)."""
-    top = torch.maximum(total[0, part], found[0])
-    kept = total[1, part] * (total[0, part] - top).exp()
-    total[1, part] = kept + found[1] * (found[0] - top).exp()
-    total[0, part] = top
+def _merge(running: Tensor, part: slice, tile: tuple[Tensor, Tensor]) -> None:
+    """Adds a tile's (maximum, sum of exponentials) to the running ones (2, N)."""
+    top = torch.maximum(running[0, part], tile[0])
+    rescaled = running[1, part] * (running[0, part] - top).exp()
+    running[1, part] = rescaled + tile[1] * (tile[0] - top).exp()
+    running[0, part] = top
 
 
 def _similarity_lse(q: Tensor, k: Tensor, pairs: Pairs, kind: int, columns: bool) -> Statistics:
-    dtype = work_dtype(q)
+    dtype = accumulation_dtype(q)
     row, col = (q.new_zeros(2, n, dtype=dtype) for n in (len(q), len(k) if columns else 0))
     row[0], col[0] = -torch.inf, -torch.inf
     positive = q.new_zeros(len(q), dtype=dtype)
     run = kernels.tile_sums if use_triton(q) else _tile_sums
     for r, c in _tiles(q, k):
-        across, down, found = run(q, k, r, c, pairs, kind, columns)
-        _merge(row, r, across)
-        positive[r] += found
-        if down is not None:
-            _merge(col, c, down)
+        row_sums, col_sums, tile_positive = run(q, k, r, c, pairs, kind, columns)
+        _merge(row, r, row_sums)
+        positive[r] += tile_positive
+        if col_sums is not None:
+            _merge(col, c, col_sums)
     return *two_sum(row[0], row[1].log()), *two_sum(col[0], col[1].log()), positive
 
 
@@ -142,10 +141,10 @@ def _tile_gradient(
     h = (s - up.row[rows, None]).exp_().mul_(up.g_row[rows, None])
     if len(up.col):
         h += (s - up.col[columns]).exp_().mul_(up.g_col[columns])
-    for offset, own in pairs.diagonals(rows, columns):
+    for offset, is_self in pairs.diagonals(rows, columns):
         diagonal = h.diagonal(offset)
         part = _inside(diagonal, offset, pairs, columns)
-        if own and pairs.own:
+        if is_self and pairs.exclude_self:
             diagonal[part] = 0
             continue
         diagonal[part] += up.g_positive[rows][max(-offset, 0) :][part]
@@ -160,16 +159,18 @@ def _gradients(
     q: Tensor, k: Tensor, pairs: Pairs, kind: int, up: Upstream, keys: bool
 ) -> tuple[Tensor, Tensor]:
     """dq (N, D), and dk (M, D) or (0,)."""
-    dtype = work_dtype(q)
+    dtype = accumulation_dtype(q)
     dq = torch.zeros_like(q, dtype=dtype)
     dk = torch.zeros_like(k, dtype=dtype) if keys else q.new_empty(0, dtype=dtype)
     unscale = torch.ones((), dtype=dtype, device=q.device)
     run = kernels.tile_gradient if use_triton(q) else _tile_gradient
     if use_triton(q) and q.dtype == torch.float16:
-        grads = up._asdict()
-        scale = kernels.half_scale([g for name, g in grads.items() if name.startswith("g_")])
+        grads = {n: g for n, g in up._asdict().items() if n.startswith("g_")}
+        bound = torch.stack([g.abs().max() for g in grads.values() if len(g)]).sum()
+        # not 2^15 as for class gradients: the derivative of the square, 2 q.k, multiplies it
+        scale = power_of_two_scale(bound, exponent=10)
         unscale = 1 / scale
-        up = Upstream(**{n: g * scale if n.startswith("g_") else g for n, g in grads.items()})
+        up = up._replace(**{n: g * scale for n, g in grads.items()})
     for r, c in _tiles(q, k):
         h = run(q, k, r, c, pairs, kind, up)
         dq[r] += matmul_t(h, k[c].T)
@@ -180,18 +181,18 @@ def _gradients(
 
 @torch.library.custom_op("fastssl::similarity_lse", mutates_args=())
 def similarity_lse(
-    q: Tensor, k: Tensor, first: int, period: int, own: bool, kind: int, columns: bool
+    q: Tensor, k: Tensor, first: int, period: int, exclude_self: bool, kind: int, columns: bool
 ) -> Statistics:
-    """row and its low part (N,), col and its low part (M,), or (0,) without `columns`, positive."""
-    pairs = Pairs(len(q), first, period, own)
+    """row, row_lo (N,), col, col_lo (M,), or (0,) without `columns`, and positive (N,)."""
+    pairs = Pairs(len(q), first, period, exclude_self)
     with torch.autocast(q.device.type, enabled=False):
         return _similarity_lse(q.contiguous(), k.contiguous(), pairs, kind, columns)
 
 
 @similarity_lse.register_fake
-def _(q, k, first, period, own, kind, columns):
+def _(q, k, first, period, exclude_self, kind, columns):
     sizes = [len(q)] * 2 + [len(k) if columns else 0] * 2 + [len(q)]
-    return tuple(q.new_empty(n, dtype=work_dtype(q)) for n in sizes)
+    return tuple(q.new_empty(n, dtype=accumulation_dtype(q)) for n in sizes)
 
 
 @torch.library.custom_op("fastssl::similarity_lse_backward", mutates_args=())
@@ -201,36 +202,36 @@ def similarity_lse_backward(
     upstream: list[Tensor],
     first: int,
     period: int,
-    own: bool,
+    exclude_self: bool,
     kind: int,
     keys: bool,
 ) -> tuple[Tensor, Tensor]:
     """dq (N, D), and dk (M, D), or (0,) without `keys`. `upstream` in the order of Upstream."""
     up = Upstream(*(t.contiguous() for t in upstream))  # kernels take no strides
-    pairs = Pairs(len(q), first, period, own)
+    pairs = Pairs(len(q), first, period, exclude_self)
     with torch.autocast(q.device.type, enabled=False):
         return _gradients(q.contiguous(), k.contiguous(), pairs, kind, up, keys)
 
 
 @similarity_lse_backward.register_fake
-def _(q, k, upstream, first, period, own, kind, keys):
+def _(q, k, upstream, first, period, exclude_self, kind, keys):
     return torch.empty_like(q), torch.empty_like(k) if keys else q.new_empty(0)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    q, k, *ctx.how, _ = inputs
-    row, row_low, col, col_low, _ = output
-    ctx.mark_non_differentiable(row_low, col_low)
+    q, k, *ctx.options, _ = inputs
+    row, row_lo, col, col_lo, _ = output
+    ctx.mark_non_differentiable(row_lo, col_lo)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, row, row_low, col, col_low)
+    ctx.save_for_backward(q, k, row, row_lo, col, col_lo)
 
 
 def _backward(ctx, g_row, _, g_col, __, g_positive):
-    q, k, row, row_low, col, col_low = ctx.saved_tensors
-    g_row, g_positive = or_zeros((g_row, g_positive), row)
-    (g_col,) = or_zeros((g_col,), col)
-    grads = (g_row * (-row_low).exp(), g_positive, col, g_col * (-col_low).exp())
-    dq, dk = similarity_lse_backward(q, k, [row, *grads, q.new_empty(0)], *ctx.how, True)
+    q, k, row, row_lo, col, col_lo = ctx.saved_tensors
+    g_row, g_positive = zeros_for_none((g_row, g_positive), row)
+    (g_col,) = zeros_for_none((g_col,), col)
+    grads = (g_row * (-row_lo).exp(), g_positive, col, g_col * (-col_lo).exp())
+    dq, dk = similarity_lse_backward(q, k, [row, *grads, q.new_empty(0)], *ctx.options, True)
     return dq, dk, None, None, None, None, None
 
 
@@ -239,31 +240,31 @@ similarity_lse.register_autograd(_backward, setup_context=_setup_context)
 
 @torch.library.custom_op("fastssl::self_similarity_lse", mutates_args=())
 def self_similarity_lse(z: Tensor, period: int, kind: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Each row of z (N, D) against all others: row, its low part and positive, (N,) each."""
-    row, low, _, _, positive = similarity_lse(z, z, 0, period, True, kind, False)
-    return row, low, positive
+    """Each row of z (N, D) against all others: row, row_lo and positive, (N,) each."""
+    row, row_lo, _, _, positive = similarity_lse(z, z, 0, period, True, kind, False)
+    return row, row_lo, positive
 
 
 @self_similarity_lse.register_fake
 def _(z, period, kind):
-    return tuple(z.new_empty(len(z), dtype=work_dtype(z)) for _ in range(3))
+    return tuple(z.new_empty(len(z), dtype=accumulation_dtype(z)) for _ in range(3))
 
 
 def _self_setup_context(ctx, inputs, output) -> None:
     z, ctx.period, ctx.kind = inputs
-    row, low, _ = output
-    ctx.mark_non_differentiable(low)
+    row, row_lo, _ = output
+    ctx.mark_non_differentiable(row_lo)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(z, row, low)
+    ctx.save_for_backward(z, row, row_lo)
 
 
 def _self_backward(ctx, g, _, g_positive):
-    z, row, low = ctx.saved_tensors
-    g, g_positive = or_zeros((g, g_positive), row)
-    g = g * (-low).exp()
+    z, row, row_lo = ctx.saved_tensors
+    g, g_positive = zeros_for_none((g, g_positive), row)
+    g = g * (-row_lo).exp()
     upstream = [row, g, g_positive, row, g, g_positive]
-    how = (0, ctx.period, True, ctx.kind, False)
-    return similarity_lse_backward(z, z, upstream, *how)[0], None, None
+    dz, _ = similarity_lse_backward(z, z, upstream, 0, ctx.period, True, ctx.kind, False)
+    return dz, None, None
 
 
 self_similarity_lse.register_autograd(_self_backward, setup_context=_self_setup_context)

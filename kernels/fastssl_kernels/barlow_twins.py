@@ -30,17 +30,21 @@ from torch import Tensor
 
 from fastssl_kernels._autograd import no_gradient, register_gradient, wants_gradient
 from fastssl_kernels._columns import (
-    accumulation_dtype,
     centred,
     column_dots,
     cross_gaps,
     row_chunks,
 )
 from fastssl_kernels._dispatch import use_triton
+from fastssl_kernels._precision import accumulation_dtype, operand_dtype
 from fastssl_kernels._triton.barlow_twins import fused_gradient, fused_loss
-from fastssl_kernels._validation import stack_views
-from fastssl_kernels.distributed import gather_batch, group_name, local_rows, row_counts, sum_ranks
-from fastssl_kernels.second_moment import Path, check_path, choose_path, energy_and_product
+from fastssl_kernels._validation import Path, check_views
+from fastssl_kernels.distributed import (
+    all_gather_with_grad,
+    all_reduce_sum,
+    row_counts,
+)
+from fastssl_kernels.second_moment import choose_path, energy_and_product
 
 Pairing = Literal["pairs", "mean"]
 
@@ -88,28 +92,25 @@ def barlow_twins_loss(
     lambd: weight of the off-diagonal terms. eps: added to the biased variance of each column.
     pairing: for V > 2 views, the mean over "pairs", or each against the "mean" of all.
     path: "gram" | "direct", "auto" for the one that multiplies less, or "eager", the reference.
-    group: ranks whose rows form one batch. Statistics and loss are the whole batch's, and so is the
-        gradient after data-parallel averaging (`_group` has the contract).
+    group: ranks whose rows form one batch. Statistics and loss are those of the global batch, and
+        so is the gradient after data-parallel averaging (distributed.py has the contract).
 
     Takes float64, 32, 16 or bfloat16, V >= 2, N >= 2; returns float32 (float64 for float64).
-    ValueError on other shapes, dtypes, mixed devices, an unknown path or pairing, a foreign group.
+    ValueError on other shapes, dtypes, mixed devices, an unknown path or pairing, a group without
+    this rank.
     Source: arXiv:2103.03230, eq. 1; "mean": arXiv:2312.10725.
     """
-    name = "barlow_twins_loss"
-    z = stack_views(views, name, rows=local_rows(group))
-    check_path(path, name)
+    z, ranks = check_views(views, "barlow_twins_loss", path=path, group=group)
     if pairing not in ("pairs", "mean"):
-        raise ValueError(f"{name}: pairing is {pairing!r}; choose 'pairs' or 'mean'")
-    ranks = group_name(group, name)
+        raise ValueError(f"barlow_twins_loss: pairing is {pairing!r}; choose 'pairs' or 'mean'")
     if path == "eager":
-        batch = gather_batch(z, ranks)
+        batch = all_gather_with_grad(z, ranks)
         loss = barlow_twins_loss_reference(batch, lambd=lambd, eps=eps, pairing=pairing)
         return loss.to(accumulation_dtype(z))
     by_mean = pairing == "mean" and len(z) > 2
-    if z.shape[1] == 2 and not ranks:  # columns are +-1 and the gradient all but cancels
-        return _loss(z.double(), lambd, eps, by_mean, path, "", wants_gradient(z))[0].to(
-            accumulation_dtype(z)
-        )
+    if z.shape[1] == 2 and not ranks:  # columns are +-1 and the gradient nearly cancels
+        loss = _loss(z.double(), lambd, eps, by_mean, path, "", wants_gradient(z))[0]
+        return loss.to(accumulation_dtype(z))
     return _loss(z.contiguous(), lambd, eps, by_mean, path, ranks, wants_gradient(z))[0]
 
 
@@ -117,38 +118,51 @@ def barlow_twins_loss(
 def _loss(
     z: Tensor, lambd: float, eps: float, by_mean: bool, path: str, group: str, gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, P (V or 1, n, D), mean (V, D), scale (V, D), coef (V, V, D)), see the file's head.
+    """(loss, P (V or 1, n, D), mean (V, D), scale (V, D), coef (V, V, D)), see above.
 
-    All but the loss are for the backward pass, and empty where no gradient is wanted.
+    All but the loss are for the backward pass; without `gradient` they are empty.
     """
+    rows = row_counts(z, group)
+    resolved_path = choose_path(path, z, sum(rows), pairs=not by_mean)
     with torch.autocast(z.device.type, enabled=False):
         if use_triton(z) and not by_mean and not group:
-            return fused_loss(z, lambd, eps, path, gradient)
-        return _lean_loss(z, lambd, eps, by_mean, path, group, gradient)
+            return fused_loss(z, lambd, eps, resolved_path, gradient)
+        return _lean_loss(z, rows, lambd, eps, by_mean, resolved_path, group, gradient)
 
 
 def _lean_loss(
-    z: Tensor, lambd: float, eps: float, by_mean: bool, path: str, group: str, gradient: bool
+    z: Tensor,
+    rows: list[int],
+    lambd: float,
+    eps: float,
+    by_mean: bool,
+    resolved_path: str,
+    group: str,
+    gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`_loss` in torch operations: any device, any group."""
-    rows = row_counts(z, group)
     total = sum(rows)
-    way = choose_path(path, z[:1] if by_mean else z, total, pairs=not by_mean)
     mean, h = centred(z, total, group)
-    rstd = (sum_ranks(column_dots(h, h), group) / total + eps).rsqrt()  # (V, D)
+    rstd = (all_reduce_sum(column_dots(h, h), group) / total + eps).rsqrt()  # (V, D)
     h *= rstd[:, None]
-    gaps = sum_ranks(cross_gaps(h), group) / total + eps * (rstd[:, None] ** 2 + rstd**2)
+    gaps = all_reduce_sum(cross_gaps(h), group) / total + eps * (rstd[:, None] ** 2 + rstd**2)
     r = gaps / -2  # (V, V, D)
-    x = (h.mean(0, keepdim=True) if by_mean else h).to(_operand_dtype(z))
+    x = (h.mean(0, keepdim=True) if by_mean else h).to(operand_dtype(z, standardized=True))
     energy, product = energy_and_product(
-        x, rows, pairs=not by_mean, path=way, scale=1 / total, group=group, product=gradient
+        x,
+        rows,
+        pairs=not by_mean,
+        path=resolved_path,
+        scale=1 / total,
+        group=group,
+        product=gradient,
     )
     terms = _mean_terms if by_mean else _pair_terms
-    loss, alpha, w = terms(r, energy, lambd, total, kept=way == "gram")
+    loss, alpha, w = terms(r, energy, lambd, total, includes_diagonal=resolved_path == "gram")
     if not gradient:
         return no_gradient(loss)
-    pull = sum_ranks(column_dots(product, h), group)  # (V, D)
-    t = alpha / total * pull + (w + w * r).sum(1)  # (V, D) column means of dL/dh_a * h_a
+    product_dots = all_reduce_sum(column_dots(product, h), group)  # (V, D)
+    t = alpha / total * product_dots + (w + w * r).sum(1)  # (V, D) column means of dL/dh_a * h_a
     for a in range(len(z)):
         w[a, a] -= t[a]
     world = len(rows)  # data-parallel averaging divides by it again
@@ -156,33 +170,29 @@ def _lean_loss(
     return loss, product, mean, rstd * (alpha * world), coef
 
 
-def _operand_dtype(z: Tensor) -> torch.dtype:
-    """What the matrix products read: z's own dtype for Triton, never less than float32 on a CPU."""
-    return z.dtype if use_triton(z) else accumulation_dtype(z)
-
-
 def _pair_terms(
-    r: Tensor, energy: Tensor, lambd: float, total: int, kept: bool
+    r: Tensor, energy: Tensor, lambd: float, total: int, includes_diagonal: bool
 ) -> tuple[Tensor, float, Tensor]:
-    """(loss, alpha, w (V, V, D)) for all pairs. `kept`: the energy still holds the diagonals."""
+    """(loss, alpha, w (V, V, D)) for all pairs. `includes_diagonal` is about the energy."""
     views = len(r)
     pairs = views * (views - 1) / 2
-    apart = ~torch.eye(views, dtype=torch.bool, device=r.device)[..., None]  # a != b
-    on = torch.where(apart, r.square() - lambd * kept * (1 + r).square(), 0).sum() / 2
-    w = torch.where(apart, r - lambd * kept * (1 + r), 0) * (2 / (total * pairs))
+    distinct = ~torch.eye(views, dtype=torch.bool, device=r.device)[..., None]  # a != b
+    included = lambd * includes_diagonal
+    on = torch.where(distinct, r.square() - included * (1 + r).square(), 0).sum() / 2
+    w = torch.where(distinct, r - included * (1 + r), 0) * (2 / (total * pairs))
     return (on + lambd * energy) / pairs, 2 * lambd / (total * pairs), w
 
 
 def _mean_terms(
-    r: Tensor, energy: Tensor, lambd: float, total: int, kept: bool
+    r: Tensor, energy: Tensor, lambd: float, total: int, includes_diagonal: bool
 ) -> tuple[Tensor, float, Tensor]:
     """(loss, alpha, w (V, V, D)) for each view against the mean of all, as `_pair_terms`."""
     views = len(r)
     to_mean = r.mean(1)  # (V, D): (h_v^T m / N)_ii - 1
-    own = 1 + to_mean.mean(0)  # (D,): (m^T m / N)_ii
-    off = energy - own.square().sum() if kept else energy
+    diagonal = 1 + to_mean.mean(0)  # (D,): (m^T m / N)_ii
+    off = energy - diagonal.square().sum() if includes_diagonal else energy
     loss = to_mean.square().sum() / views + lambd * off
-    w = to_mean[:, None] + to_mean[None] - 2 * lambd * kept * own
+    w = to_mean[:, None] + to_mean[None] - 2 * lambd * includes_diagonal * diagonal
     return loss, 4 * lambd / (total * views), w * (2 / (views**2 * total))
 
 
@@ -197,7 +207,7 @@ def _(
         return no_gradient(loss)
     return (
         loss,
-        z.new_empty((1 if by_mean else views, n, width), dtype=_operand_dtype(z)),
+        z.new_empty((1 if by_mean else views, n, width), dtype=operand_dtype(z, standardized=True)),
         z.new_empty((views, width), dtype=dtype),
         z.new_empty((views, width), dtype=dtype),
         z.new_empty((views, views, width), dtype=dtype),
@@ -222,13 +232,6 @@ def _gradient(
                 rows.addcmul_(x[b], coef[:, b, None])
             out[:, r] = rows
     return out
-
-
-@_gradient.register_fake
-def _(
-    grad: Tensor, z: Tensor, product: Tensor, mean: Tensor, scale: Tensor, coef: Tensor
-) -> Tensor:
-    return torch.empty_like(z)
 
 
 register_gradient(_loss, _gradient)

@@ -15,18 +15,15 @@ import torch
 from torch import Tensor
 
 from fastssl_kernels._autograd import register_scaled_gradient, wants_gradient
-from fastssl_kernels._columns import accumulation_dtype
-from fastssl_kernels._validation import stack_views
+from fastssl_kernels._precision import accumulation_dtype
+from fastssl_kernels._validation import Path, check_views
 from fastssl_kernels.distributed import (
-    gather_batch,
-    gather_rows,
-    group_name,
-    local_rows,
-    own_start,
+    all_gather_padded,
+    all_gather_with_grad,
+    all_reduce_sum,
+    padded_offset,
     row_counts,
-    sum_ranks,
 )
-from fastssl_kernels.second_moment import Path, check_path
 
 
 def coding_rate_reference(views: Tensor | Sequence[Tensor], *, eps_sq: float = 0.2) -> Tensor:
@@ -51,27 +48,24 @@ def coding_rate(
     EMP-SSL's loss is its negative. Rows are taken as they are; the paper makes them unit length.
     eps_sq: the paper's distortion epsilon^2.
     path: "gram" for N x N, "direct" for D x D, "auto" for the smaller, or "eager", the reference.
-    group: ranks whose rows form one batch (`_group` has the contract for value and gradient).
+    group: ranks whose rows form one batch (distributed.py has the contract for value and gradient).
 
     Takes float64, 32, 16 or bfloat16, computes in float32 or float64 and returns that. NaN where
     I + a Z^T Z is not positive definite in that precision. ValueError on other shapes or dtypes,
-    mixed devices, eps_sq <= 0, an unknown path, a foreign group.
+    mixed devices, eps_sq <= 0, an unknown path, a group without this rank.
     """
-    name = "coding_rate"
-    z = stack_views(views, name, at_least=1, rows=local_rows(group))
-    check_path(path, name)
+    z, ranks = check_views(views, "coding_rate", path=path, group=group, min_views=1)
     if not eps_sq > 0:
-        raise ValueError(f"{name}: eps_sq is {eps_sq}; it must be positive")
-    ranks = group_name(group, name)
+        raise ValueError(f"coding_rate: eps_sq is {eps_sq}; it must be positive")
     if path == "eager":
-        batch = gather_batch(z.to(accumulation_dtype(z)), ranks)
+        batch = all_gather_with_grad(z.to(accumulation_dtype(z)), ranks)
         return coding_rate_reference(batch, eps_sq=eps_sq)
     return _rate(z.contiguous(), eps_sq, path, ranks, wants_gradient(z))[0]
 
 
 @torch.library.custom_op("fastssl::coding_rate", mutates_args=())
 def _rate(z: Tensor, eps_sq: float, path: str, group: str, gradient: bool) -> tuple[Tensor, Tensor]:
-    """(R, dR/dz), the gradient in fp32 or fp64, and empty where it is not asked for."""
+    """(R, dR/dz), the gradient in fp32 or fp64, and empty where not requested."""
     rows = row_counts(z, group)
     total, width = sum(rows), z.shape[2]
     weight = width / (total * eps_sq)
@@ -79,10 +73,10 @@ def _rate(z: Tensor, eps_sq: float, path: str, group: str, gradient: bool) -> tu
     with torch.autocast(z.device.type, enabled=False):
         x = z.to(accumulation_dtype(z))
         if by_rows:
-            x = gather_rows(x, rows, group)  # padding rows add ones to the diagonal: logdet 0
+            x = all_gather_padded(x, rows, group)  # padding rows add ones to the diagonal: logdet 0
             small = x @ x.mT
         else:
-            small = sum_ranks(x.mT @ x, group)
+            small = all_reduce_sum(x.mT @ x, group)
         small *= weight
         small.diagonal(dim1=1, dim2=2).add_(1)
         factor, failed = torch.linalg.cholesky_ex(small)
@@ -91,7 +85,7 @@ def _rate(z: Tensor, eps_sq: float, path: str, group: str, gradient: bool) -> tu
         if not gradient:
             return rate, rate.new_empty(0)
         if by_rows:
-            start = own_start(rows, group)
+            start = padded_offset(rows, group)
             solved = torch.cholesky_solve(x, factor)[:, start : start + z.shape[1]].contiguous()
         else:
             solved = torch.cholesky_solve(x.mT, factor).mT.contiguous()

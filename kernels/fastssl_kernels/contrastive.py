@@ -15,22 +15,21 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastssl_kernels._class_shards import (
-    Shard,
-    combine_lse,
-    gather,
-    gather_inputs,
-    sum_ranks,
-    times_world,
-)
-from fastssl_kernels._class_softmax import work_dtype
+from fastssl_kernels._precision import accumulation_dtype
 from fastssl_kernels._similarity import KINDS, self_similarity_lse, similarity_lse
 from fastssl_kernels._validation import stack_views
-from fastssl_kernels.distributed import group_name
+from fastssl_kernels.distributed import (
+    Shard,
+    all_gather_inputs,
+    all_gather_rows,
+    all_reduce_lse,
+    all_reduce_with_grad,
+    group_name,
+    scale_grad_by_world_size,
+)
 from fastssl_kernels.linear_cross_entropy import cast_for_product
 
 
@@ -44,10 +43,10 @@ def nt_xent_loss_reference(
     z = F.normalize(torch.stack(tuple(views)), dim=2)
     count, n = z.shape[:2]
     s = _shape(z.flatten(0, 1) @ z.flatten(0, 1).T, similarity) / temperature  # (V N, V N)
-    own = torch.eye(count * n, dtype=torch.bool, device=z.device)
+    is_self = torch.eye(count * n, dtype=torch.bool, device=z.device)
     image = torch.arange(n, device=z.device).repeat(count)
-    positive = (image == image[:, None]) & ~own
-    lse = s.masked_fill(own, -torch.inf).logsumexp(1)
+    positive = (image == image[:, None]) & ~is_self
+    lse = s.masked_fill(is_self, -torch.inf).logsumexp(1)
     return (lse - s.where(positive, 0).sum(1) / (count - 1)).mean()
 
 
@@ -76,27 +75,27 @@ def nt_xent_loss(
     temperature: a positive number, or a tensor (), which gets its gradient.
     similarity: "cosine", or its "squared" or "absolute" value (arXiv:2206.02574).
     group: ranks whose batches are contrasted together, each of N rows. The loss is that of the
-        whole batch on every rank; gradients carry the factor of the world size that data-parallel
+        global batch on every rank; gradients carry the factor of the world size that data-parallel
         averaging removes.
 
-    ValueError on other shapes, dtypes, temperatures or similarities, a foreign group.
+    ValueError on other shapes, dtypes, temperatures or similarities, a group without this rank.
     """
     z = stack_views(views, "nt_xent_loss")
-    _check_options(temperature, similarity, "nt_xent_loss")
+    check_options(temperature, similarity, "nt_xent_loss")
     group_name(group, "nt_xent_loss")
-    shard = Shard.batch(z.shape[0] * z.shape[1], group)
+    shard = Shard.of_batch(z.shape[0] * z.shape[1], group)
     z = _normalised(z) * _factor(temperature, similarity)
     z = cast_for_product(z, z, None)[0]
     rows, n, kind = z.flatten(0, 1), z.shape[1], KINDS[similarity]
     if shard.world == 1:
-        lse, low, positive = self_similarity_lse(rows, n, kind)
+        lse, lse_lo, positive = self_similarity_lse(rows, n, kind)
     else:
-        everything = gather_inputs(rows, shard)
-        rows = times_world(rows, shard)
+        all_keys = all_gather_inputs(rows, shard)
+        rows = scale_grad_by_world_size(rows, shard.world)
         first = shard.first
-        lse, low, _, _, positive = similarity_lse(rows, everything, first, n, True, kind, False)
-    losses = (lse - positive / (len(z) - 1)) + low  # (V N,)
-    return sum_ranks(losses.sum(), shard) / shard.classes
+        lse, lse_lo, _, _, positive = similarity_lse(rows, all_keys, first, n, True, kind, False)
+    losses = (lse - positive / (len(z) - 1)) + lse_lo  # (V N,)
+    return all_reduce_with_grad(losses.sum(), shard) / shard.classes
 
 
 def info_nce_loss(
@@ -111,54 +110,35 @@ def info_nce_loss(
 
     Keys (M, D): M = N, or with symmetric=False M >= N, the rows from N on being further negatives
     (a queue). Rows are normalised here. float64 for float64 inputs. temperature and group are those
-    of nt_xent_loss; in a group every rank brings as many queries and keys, M = N.
+    of nt_xent_loss; in a group every rank has the same number of queries and keys, M = N.
 
-    ValueError on other shapes, dtypes or temperatures, a foreign group.
+    ValueError on other shapes, dtypes or temperatures, a group without this rank.
     """
     _check_pair(queries, keys, symmetric, group)
-    _check_options(temperature, "cosine", "info_nce_loss")
+    check_options(temperature, "cosine", "info_nce_loss")
     group_name(group, "info_nce_loss")
-    shard = Shard.batch(len(queries), group)
+    shard = Shard.of_batch(len(queries), group)
     factor = _factor(temperature, "cosine")
     q, k, _ = cast_for_product(_normalised(queries) * factor, _normalised(keys) * factor, None)
-    everything = gather_inputs(k, shard)
-    q = times_world(q, shard)
-    row, row_low, col, col_low, positive = similarity_lse(
-        q, everything, shard.first, len(q), False, KINDS["cosine"], symmetric
+    all_keys = all_gather_inputs(k, shard)
+    if shard.world > 1:
+        q = scale_grad_by_world_size(q, shard.world)
+    row, row_lo, col, col_lo, positive = similarity_lse(
+        q, all_keys, shard.first, len(q), False, KINDS["cosine"], symmetric
     )
-    rows = sum_ranks(((row - positive) + row_low).sum(), shard)
+    rows = all_reduce_with_grad(((row - positive) + row_lo).sum(), shard)
     if not symmetric:
         return rows / shard.classes
-    col, col_low = combine_lse(col, col_low, [], shard)  # of all ranks' keys
+    col, col_lo = all_reduce_lse(col, col_lo, [], shard)  # of all ranks' keys
     fixed = positive.detach()  # in value, each column's; in gradient, this rank's
-    columns = ((col - gather(fixed, shard)) + col_low).sum()
-    columns = columns - sum_ranks((positive - fixed).sum(), shard)
+    columns = ((col - all_gather_rows(fixed, shard)) + col_lo).sum()
+    columns = columns - all_reduce_with_grad((positive - fixed).sum(), shard)
     return (rows + columns) / (2 * shard.classes)
-
-
-class NTXentLoss(nn.Module):
-    """nt_xent_loss of two views in lightly's module form: same arguments, same values.
-
-    gather_distributed: contrast the batches of all ranks, if there are any. The value is then the
-        mean over all ranks' rows, on every rank.
-    """
-
-    def __init__(self, temperature: float = 0.5, gather_distributed: bool = False) -> None:
-        super().__init__()
-        _check_options(temperature, "cosine", "NTXentLoss")
-        self.temperature = temperature
-        self.gather_distributed = gather_distributed
-
-    def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
-        """(N, D), (N, D) -> ()"""
-        ranks = self.gather_distributed and dist.is_available() and dist.is_initialized()
-        group = dist.group.WORLD if ranks else None
-        return nt_xent_loss((out0, out1), temperature=self.temperature, group=group)
 
 
 def _normalised(z: Tensor) -> Tensor:
     """Rows of norm 1, in float32 or float64."""
-    return F.normalize(z.to(work_dtype(z)), dim=-1)
+    return F.normalize(z.to(accumulation_dtype(z)), dim=-1)
 
 
 def _factor(temperature: float | Tensor, similarity: str) -> float | Tensor:
@@ -170,7 +150,8 @@ def _shape(s: Tensor, similarity: str) -> Tensor:
     return {"cosine": s, "squared": s.square(), "absolute": s.abs()}[similarity]
 
 
-def _check_options(temperature: float | Tensor, similarity: str, name: str) -> None:
+def check_options(temperature: float | Tensor, similarity: str, name: str) -> None:
+    """ValueError for a temperature that is not positive or an unknown similarity."""
     if isinstance(temperature, Tensor):
         if temperature.ndim or not temperature.is_floating_point():
             shape = f"{tuple(temperature.shape)} {temperature.dtype}"

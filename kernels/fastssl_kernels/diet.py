@@ -12,28 +12,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastssl_kernels._checks import checked, plain_loss
-from fastssl_kernels._class_shards import (
-    Shard,
-    combine_lse,
-    gather,
-    gather_inputs,
-    gather_shards,
-    shard_sizes,
-)
 from fastssl_kernels._class_softmax import class_statistics
 from fastssl_kernels._class_update import class_statistics_updating
-from fastssl_kernels.distributed import group_name
+from fastssl_kernels._validation import checked, require_unit_grad
+from fastssl_kernels.distributed import (
+    Shard,
+    all_gather_inputs,
+    all_gather_rows,
+    all_gather_shards,
+    all_reduce_lse,
+    group_name,
+    shard_sizes,
+)
 from fastssl_kernels.linear_cross_entropy import (
     cast_for_product,
-    keeps_exponentials,
+    saves_exponentials,
     smoothed_rows,
 )
 
 EPS = 1e-8  # torch.optim.AdamW's
-INIT_ROWS = (
-    65536  # the initial weight is drawn in blocks, so that every shard sees the same numbers
-)
+INIT_ROWS = 65536  # the initial weight is sampled in blocks, so that it is the same for any shards
 
 FUSED_ONLY = (
     "DIETHead: with a fused optimizer the loss must reach backward() as it is, with gradient 1. "
@@ -43,7 +41,7 @@ FUSED_ONLY = (
 
 
 class DIETHead(nn.Module):
-    """Features and the indices of their images to DIET's loss, a float32 scalar.
+    """DIET's loss, a float32 scalar, of features and the indices of their images.
 
         head = DIETHead(len(dataset), width, optimizer="adamw", lr=1e-3)
         head(features, index).backward()      # features (N, D) or (V, N, D), index (N,) int64
@@ -51,13 +49,13 @@ class DIETHead(nn.Module):
     Views of one image share its class. With `optimizer=None` the weight is a parameter like others.
     With "adamw" or "sgd" the weight is updated inside backward(), block by block, as
     torch.optim.AdamW or SGD would with these arguments on the dense gradient, which never exists;
-    nothing else needs calling, and `head.lr` may be set between steps. A step whose loss is not
-    finite changes nothing. In that mode a gradient cannot be clipped by a global norm, accumulated,
+    no other call is needed, and `head.lr` may be set between steps. A step whose loss is not finite
+    changes nothing. In that mode a gradient cannot be clipped by a global norm, accumulated,
     or skipped by a GradScaler: a scaled loss is refused, and `refuse_unless_plain` refuses a
     trainer's other settings.
 
     sample_rate: below 1, each training step takes the softmax over a sample of that share of the
-        classes, drawn from (seed, draw), always with the batch's own (Partial FC,
+        classes, drawn from (seed, draws) and always holding those of the batch (Partial FC,
         arXiv:2203.15565). An approximation: the loss is that of a data set of the sample's size,
         smoothing included. Classes outside the sample get the gradient 0, fused or not: they decay
         and move by their momentum, without which accuracy falls.
@@ -111,15 +109,14 @@ class DIETHead(nn.Module):
         weight = _initial_weight(num_samples, dim, self.first, rows).to(dtype)  # (rows, D)
         self.weight = nn.Parameter(weight, requires_grad=optimizer is None)
         moments = {"adamw": 2, "sgd": int(momentum > 0), None: 0}[optimizer]
-        for name, kept in (("exp_avg", moments > 0), ("exp_avg_sq", moments > 1)):
-            self.register_buffer(name, torch.zeros((rows, dim) if kept else (0,), dtype=dtype))
+        for i, name in enumerate(("exp_avg", "exp_avg_sq")):
+            shape = (rows, dim) if i < moments else (0,)
+            self.register_buffer(name, torch.zeros(shape, dtype=dtype))
         self.register_buffer("step", torch.zeros(()))  # updates made
-        self.register_buffer(
-            "draws", torch.zeros((), dtype=torch.int64)
-        )  # samples of classes drawn
-        self.register_buffer(
-            "_rate", torch.tensor(float(lr), dtype=torch.float64), persistent=False
-        )
+        draws = torch.zeros((), dtype=torch.int64)  # samples of classes taken
+        self.register_buffer("draws", draws)
+        rate = torch.tensor(float(lr), dtype=torch.float64)
+        self.register_buffer("_rate", rate, persistent=False)
         self._lr = float(lr)
 
     @property
@@ -139,20 +136,18 @@ class DIETHead(nn.Module):
         """
         shard = Shard(self.group, self.world, self.first, self.num_samples)
         x, labels = self._rows(features, index)
-        labels = gather(labels, shard) - self.first
+        labels = all_gather_rows(labels, shard) - self.first
         rows, classes = None, self.num_samples
         if self.training and self.sample_rate < 1:
             rows, labels = self._sample(labels)
             classes = sum(self._sample_sizes())
         fused = self.optimizer is not None and self.training and torch.is_grad_enabled()
         if fused and not x.requires_grad:
-            x = (
-                x.detach().requires_grad_()
-            )  # the update happens in backward(), so there must be one
+            x = x.detach().requires_grad_()  # the update needs a backward()
         weight = self.weight if rows is None else self.weight.index_select(0, rows)
         x, w, _ = cast_for_product(x, weight, None)
-        x = gather_inputs(x, shard)
-        keep = keeps_exponentials(self.save, x, len(w))
+        x = all_gather_inputs(x, shard)
+        keep = saves_exponentials(self.save, x, len(w))
         if fused:
             copy = None if w is self.weight else w
             statistics = class_statistics_updating(
@@ -160,10 +155,10 @@ class DIETHead(nn.Module):
             )
         else:
             statistics = class_statistics(x, w, None, labels, keep)
-        lse, target, total, low, _, _ = statistics
-        lse, low, target, total = combine_lse(lse, low, [target, total], shard)
-        loss = smoothed_rows(lse, low, target, total, classes, self.label_smoothing).mean()
-        return plain_loss(loss, FUSED_ONLY) if fused else loss
+        lse, target, total, lse_lo, _, _ = statistics
+        lse, lse_lo, target, total = all_reduce_lse(lse, lse_lo, [target, total], shard)
+        loss = smoothed_rows(lse, lse_lo, target, total, classes, self.label_smoothing).mean()
+        return require_unit_grad(loss, FUSED_ONLY) if fused else loss
 
     def refuse_unless_plain(
         self, *, clip_norm: float | None = None, accumulate: int = 1, grad_scaler: bool = False
@@ -171,13 +166,13 @@ class DIETHead(nn.Module):
         """ValueError where a trainer's settings need a gradient that the fused mode never forms."""
         if self.optimizer is None:
             return
-        wanted = {
+        refused = {
             "clipping by a global norm": clip_norm is not None,
             "gradient accumulation": accumulate != 1,
             "a GradScaler": grad_scaler,
         }
-        for name, asked in wanted.items():
-            if asked:
+        for name, requested in refused.items():
+            if requested:
                 raise ValueError(
                     f"DIETHead: {name} needs the weight's gradient, which the fused optimizer "
                     "never forms; use optimizer=None and an optimizer of your own"
@@ -220,9 +215,9 @@ class DIETHead(nn.Module):
         return [math.ceil(self.sample_rate * size) for size in sizes]
 
     def _sample(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """This step's classes (S,) of this rank, ascending, and labels (N,) counted among them.
+        """This step's classes (S,) of this rank, ascending, and labels (N,) as indices into them.
 
-        A hash of (seed, draw, class) orders the classes; the batch's own come first.
+        A hash of (seed, draws, class) orders the classes; those of the batch come first.
         """
         classes = len(self.weight)
         size = math.ceil(self.sample_rate * classes)
@@ -231,15 +226,16 @@ class DIETHead(nn.Module):
                 f"DIETHead: sample_rate={self.sample_rate} leaves {size} of {classes} classes, "
                 f"fewer than a batch's {len(labels)} rows; raise it or make the batch smaller"
             )
-        own = (labels >= 0) & (labels < classes)
+        is_local = (labels >= 0) & (labels < classes)
         key = _hash(
             torch.arange(self.first, self.first + classes + 1, device=labels.device), self.seed
         )
         key = _hash(key, self.draws)
-        key[labels.where(own, classes)] = torch.iinfo(torch.int64).min  # one spare slot at the end
+        lowest = torch.iinfo(torch.int64).min
+        key[labels.where(is_local, classes)] = lowest  # one spare slot at the end
         rows = key[:classes].topk(size, largest=False).indices.sort().values
         self.draws += 1
-        return rows, torch.searchsorted(rows, labels).where(own, -1)
+        return rows, torch.searchsorted(rows, labels).where(is_local, -1)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -247,27 +243,27 @@ class DIETHead(nn.Module):
         for name in ("weight", "exp_avg", "exp_avg_sq"):
             value = destination[prefix + name]
             if len(value):
-                destination[prefix + name] = gather_shards(value, shard)
+                destination[prefix + name] = all_gather_shards(value, shard)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *arguments: Any) -> None:
-        own = dict(state_dict)
+        local_state = dict(state_dict)
         for name in ("weight", "exp_avg", "exp_avg_sq"):
-            mine, value = getattr(self, name), state_dict.get(prefix + name)
+            local, value = getattr(self, name), state_dict.get(prefix + name)
             if value is None:
                 continue  # the caller's `strict` decides
-            wanted = (self.num_samples, self.dim) if len(mine) else (0,)
-            if tuple(value.shape) != wanted:
+            expected = (self.num_samples, self.dim) if len(local) else (0,)
+            if tuple(value.shape) != expected:
                 raise ValueError(
                     f"DIETHead: the state's {name} is {tuple(value.shape)}, this head's "
-                    f"{wanted}; build it with the saved num_samples, dim and optimizer"
+                    f"{expected}; build it with the saved num_samples, dim and optimizer"
                 )
-            if len(mine):
-                own[prefix + name] = value[self.first : self.first + len(mine)]
-        super()._load_from_state_dict(own, prefix, *arguments)
+            if len(local):
+                local_state[prefix + name] = value[self.first : self.first + len(local)]
+        super()._load_from_state_dict(local_state, prefix, *arguments)
 
 
 def _initial_weight(num_samples: int, dim: int, first: int, rows: int) -> Tensor:
-    """`rows` rows from `first` on of what nn.Linear draws, the same for any sharding. (rows, D)"""
+    """Rows [first, first + rows) of nn.Linear's initial weight, alike for any sharding."""
     bound, stop = 1 / math.sqrt(dim), first + rows
     parts = []
     for start in range(0, num_samples, INIT_ROWS):

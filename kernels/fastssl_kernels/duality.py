@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastssl_kernels._columns import accumulation_dtype
-from fastssl_kernels._validation import stack_views
-from fastssl_kernels.distributed import gather_batch, group_name, local_rows
-from fastssl_kernels.second_moment import Path, second_moment_energy
+from fastssl_kernels._precision import accumulation_dtype
+from fastssl_kernels._validation import Path, check_views
+from fastssl_kernels.distributed import all_gather_with_grad
+from fastssl_kernels.second_moment import second_moment_energy
 from fastssl_kernels.vicreg import invariance, variance
 
 
@@ -30,8 +30,7 @@ def dimension_contrastive_loss(
 
     Arguments, dtypes and errors as in `second_moment_energy`; arXiv:2206.02574, eq. 9.
     """
-    name = "dimension_contrastive_loss"
-    z = stack_views(views, name, at_least=1, rows=local_rows(group))
+    z, _ = check_views(views, "dimension_contrastive_loss", group=group, min_views=1)
     return second_moment_energy(z, pairs=False, diagonal=False, path=path, group=group) / len(z)
 
 
@@ -43,9 +42,8 @@ def sample_contrastive_loss(
     The dimension-contrastive loss of Z^T, so "gram" multiplies D x D and "direct" N x N matrices.
     Arguments, dtypes and errors as in `second_moment_energy`; arXiv:2206.02574, eq. 8.
     """
-    name = "sample_contrastive_loss"
-    z = stack_views(views, name, at_least=1, rows=local_rows(group))
-    batch = gather_batch(z, group_name(group, name))
+    z, ranks = check_views(views, "sample_contrastive_loss", group=group, min_views=1)
+    batch = all_gather_with_grad(z, ranks)
     if batch.shape[2] == 1:  # second_moment_energy wants two rows; a zero column changes no product
         batch = torch.nn.functional.pad(batch, (0, 1))
     transposed = batch.transpose(1, 2)
@@ -67,7 +65,7 @@ def vicreg_exp_loss(
 
     Other arguments as in `vicreg_loss`; arXiv:2206.02574, eq. 11.
     """
-    z = _whole_batch(views, temperature, group, "vicreg_exp_loss")
+    z = _global_batch(views, temperature, group, "vicreg_exp_loss")
     spread = std_coeff * variance(z, gamma, eps) + cov_coeff * _log_exp_covariance(z, temperature)
     return sim_coeff * invariance(z) + spread
 
@@ -88,7 +86,7 @@ def vicreg_ctr_loss(
     The variance of each sample over dimensions, and c_exp of the (N, N) covariance of samples.
     Other arguments as in `vicreg_loss`; arXiv:2206.02574, eq. 12 and 13.
     """
-    z = _whole_batch(views, temperature, group, "vicreg_ctr_loss")
+    z = _global_batch(views, temperature, group, "vicreg_ctr_loss")
     if z[0].shape[1] < 2:
         raise ValueError(f"vicreg_ctr_loss: views are {tuple(z[0].shape)}; wanted (N, D), D >= 2")
     swapped = [view.T for view in z]
@@ -98,14 +96,14 @@ def vicreg_ctr_loss(
     )
 
 
-def _whole_batch(
+def _global_batch(
     views: Tensor | Sequence[Tensor], temperature: float, group: Any, name: str
 ) -> list[Tensor]:
     """The checked views of all ranks, V x (N, D), float32 or float64."""
-    z = stack_views(views, name, rows=local_rows(group))
+    z, ranks = check_views(views, name, group=group)
     if not temperature > 0:
         raise ValueError(f"{name}: temperature is {temperature}; it must be positive")
-    return list(gather_batch(z.to(accumulation_dtype(z)), group_name(group, name)))
+    return list(all_gather_with_grad(z.to(accumulation_dtype(z)), ranks))
 
 
 def _log_exp_covariance(views: Sequence[Tensor], temperature: float) -> Tensor:
@@ -114,6 +112,6 @@ def _log_exp_covariance(views: Sequence[Tensor], temperature: float) -> Tensor:
     for z in views:
         x = z - z.mean(0)
         cov = x.T @ x / ((len(x) - 1) * temperature)  # (D, D)
-        own = torch.eye(len(cov), dtype=torch.bool, device=cov.device)
-        terms.append(cov.masked_fill(own, -torch.inf).logsumexp(1).mean())
+        diagonal = torch.eye(len(cov), dtype=torch.bool, device=cov.device)
+        terms.append(cov.masked_fill(diagonal, -torch.inf).logsumexp(1).mean())
     return 2 * torch.stack(terms).mean()

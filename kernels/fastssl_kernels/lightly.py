@@ -1,8 +1,8 @@
 """The losses as modules with the names, arguments and values of lightly's.
 
 `from lightly.loss import BarlowTwinsLoss` becomes `from fastssl_kernels import BarlowTwinsLoss`.
-Across ranks (`gather_distributed=True`) statistics are those of the whole batch, as in the official
-code; lightly's Barlow Twins standardises each rank by itself.
+Across ranks (`gather_distributed=True`) statistics are those of the global batch, as in the
+official code; lightly's Barlow Twins standardises each rank by itself.
 
 Shapes: N batch, D embedding.
 """
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastssl_kernels.barlow_twins import barlow_twins_loss
+from fastssl_kernels.contrastive import check_options, nt_xent_loss
 from fastssl_kernels.vicreg import vicreg_loss
 
 
@@ -27,14 +28,32 @@ class BarlowTwinsLoss(nn.Module):
 
     def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
         return barlow_twins_loss(
-            (z_a, z_b), lambd=self.lambda_param, group=_world(self.gather_distributed)
+            (z_a, z_b), lambd=self.lambda_param, group=_default_group(self.gather_distributed)
         )
+
+
+class NTXentLoss(nn.Module):
+    """`nt_xent_loss` of two views (N, D) -> () float32, with lightly's arguments and values.
+
+    gather_distributed: contrast the batches of all ranks, if there are any. The value is then the
+        mean over all ranks' rows, on every rank.
+    """
+
+    def __init__(self, temperature: float = 0.5, gather_distributed: bool = False) -> None:
+        super().__init__()
+        check_options(temperature, "cosine", "NTXentLoss")
+        self.temperature = temperature
+        self.gather_distributed = gather_distributed
+
+    def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
+        group = _default_group(self.gather_distributed)
+        return nt_xent_loss((out0, out1), temperature=self.temperature, group=group)
 
 
 class VICRegLoss(nn.Module):
     """`vicreg_loss` of two views (N, ..., D) -> () float32, with lightly's arguments.
 
-    Dimensions between the first and the last are places, each with its own loss; returns the mean.
+    Dimensions between the first and the last are spatial: the mean over positions of their losses.
     """
 
     def __init__(
@@ -58,8 +77,8 @@ class VICRegLoss(nn.Module):
             raise ValueError(
                 f"VICRegLoss: views have shapes {shapes}; both must be one (N, ..., D)"
             )
-        places = zip(_places(z_a), _places(z_b), strict=True)
-        return torch.stack([self._loss(a, b) for a, b in places]).mean()
+        positions = zip(_spatial_positions(z_a), _spatial_positions(z_b), strict=True)
+        return torch.stack([self._loss(a, b) for a, b in positions]).mean()
 
     def _loss(self, z_a: Tensor, z_b: Tensor) -> Tensor:
         return vicreg_loss(
@@ -68,15 +87,16 @@ class VICRegLoss(nn.Module):
             std_coeff=self.mu_param,
             cov_coeff=self.nu_param,
             eps=self.eps,
-            group=_world(self.gather_distributed),
+            group=_default_group(self.gather_distributed),
         )
 
 
-def _places(z: Tensor) -> tuple[Tensor, ...]:
-    """(N, ..., D) -> one (N, D) for each place."""
+def _spatial_positions(z: Tensor) -> tuple[Tensor, ...]:
+    """(N, ..., D) -> one (N, D) for each position."""
     return z.flatten(1, -2).unbind(1) if z.ndim > 2 else (z,)
 
 
-def _world(gather_distributed: bool) -> Any:
+def _default_group(gather_distributed: bool) -> Any:
     """The default group where lightly would gather over it, else None."""
-    return dist.group.WORLD if gather_distributed and dist.is_initialized() else None
+    gathers = gather_distributed and dist.is_available() and dist.is_initialized()
+    return dist.group.WORLD if gathers else None

@@ -5,8 +5,8 @@
 the label-smoothed cross-entropy of arXiv:1512.00567, section 7, written so that the one-hot and the
 uniform part of the target are two rank-one corrections of the log-sum-exp.
 
-With `group=` the classes are sharded: every rank holds some rows of w, all ranks' inputs meet every
-shard, and three sums a row travel. K is the number of classes of all shards, for smoothing too.
+With `group=` the classes are sharded: each rank holds some rows of w, multiplies all ranks' inputs
+with them and exchanges four numbers per row. K counts the classes of all shards, for smoothing too.
 
 Shapes: N batch, D embedding, K classes.
 """
@@ -17,12 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl_kernels._checks import checked
-from fastssl_kernels._class_shards import Shard, combine_lse, gather, gather_inputs
 from fastssl_kernels._class_softmax import class_statistics
-from fastssl_kernels.distributed import group_name
+from fastssl_kernels._validation import checked
+from fastssl_kernels.distributed import (
+    Shard,
+    all_gather_inputs,
+    all_gather_rows,
+    all_reduce_lse,
+    group_name,
+)
 
-# Bytes of exponentials that save="auto" may keep, by device type.
+# Bytes of exponentials that save="auto" may store, by device type.
 SAVE_BUDGET = {"cpu": 64 * 2**20, "cuda": 8 * 2**30}
 # Below this width a GPU recomputes a logit (2 D flops) sooner than it stores and reads one.
 SAVE_WIDTH = {"cpu": 0, "cuda": 550}
@@ -66,12 +71,12 @@ def linear_cross_entropy(
     reduction="none"; float32, or float64 for float64 inputs. Arguments mean what they mean in
     torch.nn.functional.linear_cross_entropy. Sums are kept in float32 whatever the inputs.
 
-    save: "none" recomputes logits in backward and allocates nothing of size N x K; "exp" keeps
+    save: "none" recomputes logits in backward and allocates nothing of size N x K; "exp" stores
         their exponentials, one product less for N x K numbers; "auto" chooses by width and size.
     group: ranks over which classes are sharded, `linear_weight` being this rank's contiguous rows
-        in rank order, and `target` global. The loss is the whole batch's on every rank; gradients
+        in rank order, and `target` global. The loss is the global batch's on every rank; gradients
         of `linear_weight` are exact, those of `input` carry a factor of the world size, which
-        data-parallel averaging removes. Every rank brings the same N.
+        data-parallel averaging removes. N is the same on every rank.
 
     ValueError on wrong shapes, dtypes, reductions or targets out of range (on CUDA a device assert,
     so that no step waits for the host).
@@ -83,14 +88,14 @@ def linear_cross_entropy(
             raise ValueError(
                 "linear_cross_entropy: reduction='none' with a group; use 'mean' or 'sum'"
             )
-    shard = Shard.of(linear_weight, group)
-    labels = gather(checked_labels(target, shard.classes, ignore_index), shard)
+    shard = Shard.of_weight(linear_weight, group)
+    labels = all_gather_rows(checked_labels(target, shard.classes, ignore_index), shard)
     x, w, bias = cast_for_product(input, linear_weight, linear_bias)
-    x = gather_inputs(x, shard)
-    keep = keeps_exponentials(save, x, len(w))
-    lse, z_target, z_sum, low, _, _ = class_statistics(x, w, bias, labels - shard.first, keep)
-    lse, low, z_target, z_sum = combine_lse(lse, low, [z_target, z_sum], shard)
-    rows = smoothed_rows(lse, low, z_target, z_sum, shard.classes, label_smoothing)
+    x = all_gather_inputs(x, shard)
+    keep = saves_exponentials(save, x, len(w))
+    lse, z_target, z_sum, lse_lo, _, _ = class_statistics(x, w, bias, labels - shard.first, keep)
+    lse, lse_lo, z_target, z_sum = all_reduce_lse(lse, lse_lo, [z_target, z_sum], shard)
+    rows = smoothed_rows(lse, lse_lo, z_target, z_sum, shard.classes, label_smoothing)
     return reduce_rows(rows, labels >= 0, reduction)
 
 
@@ -120,8 +125,8 @@ def cast_for_product(
     )
 
 
-def keeps_exponentials(save: str, x: Tensor, classes: int) -> bool:
-    """Whether the forward keeps N x K exponentials of x (N, D) for the backward."""
+def saves_exponentials(save: str, x: Tensor, classes: int) -> bool:
+    """Whether the forward stores N x K exponentials of x (N, D) for the backward."""
     if save != "auto":
         return save == "exp"
     kind = x.device.type
@@ -131,14 +136,14 @@ def keeps_exponentials(save: str, x: Tensor, classes: int) -> bool:
 
 def smoothed_rows(
     lse: Tensor,
-    low: Tensor,
+    lse_lo: Tensor,
     target: Tensor,
     total: Tensor,
     classes: int | Tensor,
     label_smoothing: float,
 ) -> Tensor:
     """The loss of each row from its statistics, without cancellation where it is small. (N,)"""
-    return ((lse - target) + low) + label_smoothing * (target - total / classes)
+    return ((lse - target) + lse_lo) + label_smoothing * (target - total / classes)
 
 
 def reduce_rows(rows: Tensor, valid: Tensor, reduction: str) -> Tensor:

@@ -3,11 +3,11 @@
     E = sum_{ij} (Xa^T Xb)_ij^2,    dE/dXa = 2 Xb (Xb^T Xa)
 
 for all pairs a < b of V views, or for each view with itself (b = a; the gradient doubles), with or
-without the diagonals i = j. Three ways to the same number:
+without the diagonals i = j. Three paths to the same number:
 
 - gram: ||Xa^T Xb||_F^2 = <Ka, Kb> with Ka = Xa Xa^T, (N, N). All pairs are one sum of Grams:
   sum_{a<b} <Ka, Kb> = 1/2 sum_a <Ka, S - Ka> with S = sum_a Ka, and dE/dXa = 2 (S - Ka) Xa.
-  4 N^2 D V multiply-adds; rows of K at a time, so no N x N matrix stays when N is large.
+  4 N^2 D V multiply-adds; rows of K at a time, so no N x N matrix is stored when N is large.
 - direct: slabs of columns of Xa^T Xb, squared and used at once. 3 N D^2 per pair, 2 N D^2 per view.
 - eager: the reference, which writes D x D matrices.
 
@@ -15,40 +15,25 @@ Identity from arXiv:2206.02574, section 3.
 
 Shapes: V views, N batch, n rows of this rank, D embedding.
 """
-# mypy: allow-untyped-defs
-# (a Triton kernel's arguments have no Python types)
 
 from collections.abc import Iterator, Sequence
 from itertools import combinations
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from fastssl_kernels._autograd import register_scaled_gradient, wants_gradient
-from fastssl_kernels._columns import accumulation_dtype, column_dots, cross_dots
-from fastssl_kernels._dispatch import architecture
-from fastssl_kernels._validation import stack_views
+from fastssl_kernels._columns import column_dots, cross_dots
+from fastssl_kernels._precision import accumulation_dtype
+from fastssl_kernels._validation import Path, check_views
 from fastssl_kernels.distributed import (
-    gather_batch,
-    gather_rows,
-    group_name,
-    local_rows,
+    all_gather_padded,
+    all_gather_with_grad,
+    all_reduce_sum,
     row_counts,
-    sum_ranks,
 )
 
-Path = Literal["auto", "gram", "direct", "eager"]
-ENTRIES = 2048  # entries of a Gram matrix that one program reduces
-TILES = {  # (bytes of an element, on tcgen05): rows, columns, depth of a tile, warps, stages
-    (2, False): (128, 128, 64, 8, 3),
-    (2, True): (128, 128, 64, 4, 3),  # 8 warps spill there
-    (4, False): (64, 64, 32, 4, 3),
-    (4, True): (64, 64, 32, 4, 3),
-}
-PATHS = ("auto", "gram", "direct", "eager")
 SLAB = 2**20  # elements of a slab on a CPU (4 MiB of fp32)
 SLAB_CUDA = 2**24  # elements of a slab on a GPU (32 MiB of bf16, less than its L2 cache)
 
@@ -64,11 +49,6 @@ def second_moment_energy_reference(
         c = a.T @ b  # (D, D)
         total.append((c if diagonal else c - torch.diag(c.diagonal())).square().sum())
     return torch.stack(total).sum()
-
-
-def check_path(path: str, op: str) -> None:
-    if path not in PATHS:
-        raise ValueError(f"{op}: path is {path!r}; choose one of {', '.join(PATHS)}")
 
 
 def choose_path(path: str, x: Tensor, total: int, pairs: bool) -> str:
@@ -92,27 +72,25 @@ def energy_and_product(
     i = j, in the energy and in the product; path "direct" leaves them out of both.
     """
     if path == "gram":
-        return _gram(x, gather_rows(x, rows, group), pairs, scale, group, product)
+        return _gram(x, all_gather_padded(x, rows, group), pairs, scale, group, product)
     return _direct(x, pairs, scale, group, product)
 
 
 def _gram(
-    x: Tensor, everyone: Tensor, pairs: bool, scale: float, group: str, product: bool
+    x: Tensor, gathered: Tensor, pairs: bool, scale: float, group: str, product: bool
 ) -> tuple[Tensor, Tensor]:
-    """Through rows of the Gram matrices: this rank's rows against everyone's (V, N, D)."""
+    """Through rows of the Gram matrices: this rank's rows against all ranks' (V, N, D)."""
     views, n, _ = x.shape
     out = torch.empty_like(x) if product else x.new_empty(0)
     energy = x.new_zeros((), dtype=accumulation_dtype(x))
-    for r in _slabs(n, n, views * everyone.shape[1], x):
-        mine = x[:, r]
-        k = torch.baddbmm(
-            x.new_empty(()), mine, everyone.transpose(1, 2), beta=0, alpha=scale
-        )  # (V, rows, N)
+    for r in slabs(n, n, views * gathered.shape[1], x):
+        columns = gathered.transpose(1, 2)
+        k = torch.baddbmm(x.new_empty(()), x[:, r], columns, beta=0, alpha=scale)  # (V, rows, N)
         others = k.sum(0) - k if pairs else k
         energy += (k.to(energy.dtype) * others).sum() * (0.5 if pairs else 1.0)
         if product:
-            torch.bmm(others, everyone, out=out[:, r])
-    return sum_ranks(energy, group), out
+            torch.bmm(others, gathered, out=out[:, r])
+    return all_reduce_sum(energy, group), out
 
 
 def _direct(
@@ -122,11 +100,11 @@ def _direct(
     views, _, width = x.shape
     out = torch.zeros_like(x) if product else x.new_empty(0)
     energy = x.new_zeros((), dtype=accumulation_dtype(x))
-    for j in _slabs(width, -(-width // 2), width, x):
+    for j in slabs(width, -(-width // 2), width, x):
         for a in range(views):
             for b in range(a + 1, views) if pairs else (a,):
                 right = x[b][:, j]
-                c = sum_ranks(x[a].T @ right, group).mul_(scale)  # (D, columns)
+                c = all_reduce_sum(x[a].T @ right, group).mul_(scale)  # (D, columns)
                 c[j].fill_diagonal_(0)
                 energy += c.to(energy.dtype).square().sum()
                 if product:
@@ -136,165 +114,34 @@ def _direct(
     return energy, out
 
 
-def _slabs(length: int, most: int, depth: int, x: Tensor) -> Iterator[slice]:
-    """Slices of range(length), at most `most` long, each times `depth` within a slab's elements."""
-    step = max(1, min(most, (SLAB_CUDA if x.is_cuda else SLAB) // depth))
+def slabs(length: int, longest: int, depth: int, x: Tensor) -> Iterator[slice]:
+    """Slices of range(length) of at most `longest`; times `depth` each fits a slab."""
+    step = max(1, min(longest, (SLAB_CUDA if x.is_cuda else SLAB) // depth))
     for start in range(0, length, step):
         yield slice(start, min(start + step, length))
-
-
-@triton.jit
-def _gram_kernel(
-    k_ptr, partial_ptr, V, size, PAIRS: tl.constexpr, WRITE: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Of V Gram matrices k (V, size): a partial energy; for pairs, each k becomes sum - k."""
-    entries = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = entries < size
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    if PAIRS:
-        for v in range(V):
-            total += tl.load(k_ptr + v * size + entries, mask=inside, other=0.0).to(tl.float32)
-    energy = tl.zeros((BLOCK,), dtype=tl.float32)
-    for v in range(V):
-        k = tl.load(k_ptr + v * size + entries, mask=inside, other=0.0).to(tl.float32)
-        if PAIRS:
-            others = total - k
-            energy += 0.5 * k * others
-            if WRITE:
-                tl.store(k_ptr + v * size + entries, others, mask=inside)
-        else:
-            energy += k * k
-    tl.store(partial_ptr + tl.program_id(0), tl.sum(energy))
-
-
-@triton.jit
-def _tile_kernel(
-    a_ptr,
-    b_ptr,
-    slab_ptr,
-    partial_ptr,
-    N,
-    D,
-    first,
-    width,
-    scale,
-    WRITE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """A tile of scale * A^T B[:, first : first + width] without its diagonal: its squares' sum.
-
-    A and B are (N, D). The tile stays in registers, unless WRITE puts it in the slab (D, width).
-    """
-    i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
-    j = tl.program_id(1) * BLOCK_J + tl.arange(0, BLOCK_J)
-    c = tl.zeros((BLOCK_I, BLOCK_J), dtype=tl.float32)
-    for start in range(0, N, BLOCK_N):
-        rows = start + tl.arange(0, BLOCK_N).to(tl.int64)[:, None]  # int64: N * D
-        a = tl.load(a_ptr + rows * D + i[None, :], mask=(rows < N) & (i < D)[None, :], other=0.0)
-        inside = (rows < N) & (j < width)[None, :]
-        b = tl.load(b_ptr + rows * D + first + j[None, :], mask=inside, other=0.0)
-        c = tl.dot(tl.trans(a), b, c, input_precision=PRECISION)
-    c = tl.where(i[:, None] == first + j[None, :], 0.0, c * scale)
-    if WRITE:
-        inside = (i < D)[:, None] & (j < width)[None, :]
-        tl.store(slab_ptr + i[:, None] * width + j[None, :], c, mask=inside)  # a slab is < 2^31
-    slot = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-    tl.store(partial_ptr + slot, tl.sum(c * c))
-
-
-def fused_energy_and_product(
-    x: Tensor, *, pairs: bool, path: str, scale: float, product: bool
-) -> tuple[Tensor, Tensor]:
-    """As `energy_and_product` for one process, by Triton; the energy as fp32 partial sums."""
-    return (_fused_gram if path == "gram" else _fused_direct)(x, pairs, scale, product)
-
-
-def _fused_gram(x: Tensor, pairs: bool, scale: float, product: bool) -> tuple[Tensor, Tensor]:
-    views, n, _ = x.shape
-    out = torch.empty_like(x) if product else x.new_empty(0)
-    partials = []
-    for r in _slabs(n, n, views * n, x):
-        k = torch.baddbmm(x.new_empty(()), x[:, r], x.transpose(1, 2), beta=0, alpha=scale)
-        size = k[0].numel()
-        partial = x.new_empty(triton.cdiv(size, ENTRIES), dtype=torch.float32)
-        _gram_kernel[(len(partial),)](
-            k, partial, views, size, PAIRS=pairs, WRITE=product, BLOCK=ENTRIES
-        )
-        partials.append(partial)
-        if product:
-            torch.bmm(k, x, out=out[:, r])
-    return _joined(partials), out
-
-
-def _fused_direct(x: Tensor, pairs: bool, scale: float, product: bool) -> tuple[Tensor, Tensor]:
-    views, n, width = x.shape
-    out = torch.zeros_like(x) if product else x.new_empty(0)
-    precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-    tcgen05 = 100 <= architecture(x) < 120
-    block_i, block_j, block_n, warps, stages = TILES[x.element_size(), tcgen05]
-    partials = []
-    for j in _slabs(width, -(-width // 2), width, x):
-        columns = j.stop - j.start
-        grid = (triton.cdiv(width, block_i), triton.cdiv(columns, block_j))
-        slab = x.new_empty((width, columns) if product else 1)
-        for a in range(views):
-            for b in range(a + 1, views) if pairs else (a,):
-                partial = x.new_empty(grid[0] * grid[1], dtype=torch.float32)
-                _tile_kernel[grid](
-                    x[a],
-                    x[b],
-                    slab,
-                    partial,
-                    n,
-                    width,
-                    j.start,
-                    columns,
-                    scale,
-                    WRITE=product,
-                    PRECISION=precision,
-                    BLOCK_I=block_i,
-                    BLOCK_J=block_j,
-                    BLOCK_N=block_n,
-                    num_warps=warps,
-                    num_stages=stages,
-                )
-                partials.append(partial)
-                if product:
-                    out[b][:, j].addmm_(x[a], slab)
-                    if pairs:
-                        out[a].addmm_(x[b][:, j], slab.T)
-    return _joined(partials), out
-
-
-def _joined(partials: list[Tensor]) -> Tensor:
-    return partials[0] if len(partials) == 1 else torch.cat(partials)
 
 
 @torch.library.custom_op("fastssl::second_moment_energy", mutates_args=())
 def _energy(
     z: Tensor, pairs: bool, diagonal: bool, path: str, group: str, gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """(E, dE/dz), the gradient empty where it is not asked for. dE/dz is kept in fp32 or fp64."""
+    """(E, dE/dz), the gradient empty where not requested. dE/dz is kept in fp32 or fp64."""
     x = z.to(accumulation_dtype(z))
     rows = row_counts(z, group)
-    way = choose_path(path, z, sum(rows), pairs)
+    resolved_path = choose_path(path, z, sum(rows), pairs)
     with torch.autocast(z.device.type, enabled=False):
         energy, product = energy_and_product(
-            x, rows, pairs=pairs, path=way, scale=1.0, group=group, product=gradient
+            x, rows, pairs=pairs, path=resolved_path, scale=1.0, group=group, product=gradient
         )
-    correction = diagonal - (
-        way == "gram"
-    )  # what `energy_and_product` included, against what is asked
+    includes_diagonal = resolved_path == "gram"  # of the energy and the product so far
+    correction = int(diagonal) - int(includes_diagonal)
     if correction:
         if pairs:
-            dots = sum_ranks(cross_dots(x), group)
+            dots = all_reduce_sum(cross_dots(x), group)
             for a in range(len(x)):
                 dots[a, a] = 0
         else:
-            dots = torch.diag_embed(sum_ranks(column_dots(x, x), group).T).permute(1, 2, 0)
+            dots = torch.diag_embed(all_reduce_sum(column_dots(x, x), group).T).permute(1, 2, 0)
         energy = energy + correction * dots.square().sum() * (0.5 if pairs else 1.0)
         if gradient:
             for a in range(len(x)):
@@ -330,17 +177,17 @@ def second_moment_energy(
     pairs: all pairs of V >= 2 views; False: each of V >= 1 views with itself.
     diagonal: whether the terms i = j count.
     path: "gram" | "direct", "auto" for the one that multiplies less, or "eager", the reference.
-    group: ranks whose rows form one batch (`_group` has the contract for value and gradient).
+    group: ranks whose rows form one batch (distributed.py has the contract for value and gradient).
 
     Returns float32 (float64 for float64 input). ValueError on shapes, dtypes, devices, path, group.
     """
-    name = "second_moment_energy"
-    z = stack_views(views, name, at_least=2 if pairs else 1, rows=local_rows(group))
-    check_path(path, name)
-    ranks = group_name(group, name)
+    min_views = 2 if pairs else 1
+    z, ranks = check_views(
+        views, "second_moment_energy", path=path, group=group, min_views=min_views
+    )
     if path == "eager":
         value = second_moment_energy_reference(
-            gather_batch(z, ranks), pairs=pairs, diagonal=diagonal
+            all_gather_with_grad(z, ranks), pairs=pairs, diagonal=diagonal
         )
         return value.to(accumulation_dtype(z))
     return _energy(z.contiguous(), pairs, diagonal, path, ranks, wants_gradient(z))[0]

@@ -9,17 +9,17 @@ var and cov are unbiased. V > 2 views: mean over pairs, mean over views, 2 / V t
 The gradient. With second_moment.py's P_a = x_a x_a^T x_a / (N - 1) of the centred view x_a, per
 column:
 
-    dL/dz_a = alpha P_a + own_a (z_a - mean_a) + pull (z_a - mean_v z_v)
+    dL/dz_a = alpha P_a + diag_coef_a (z_a - mean_a) + invariance_grad (z_a - mean_v z_v)
 
-`own` holds the hinge and, on the Gram path, minus the covariance's diagonal. The centring needs no
-backward pass: the columns of P_a and of z_a - mean_a sum to 0 already.
+`diag_coef` holds the hinge and, on the Gram path, minus the covariance's diagonal. The centring
+needs no backward pass: the columns of P_a and of z_a - mean_a sum to 0 already.
 
 Shapes: V views, N batch, n rows of this rank, D embedding.
 """
 
 from collections.abc import Sequence
 from itertools import combinations
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,17 +27,21 @@ from torch.nn import functional as F
 
 from fastssl_kernels._autograd import no_gradient, register_gradient, wants_gradient
 from fastssl_kernels._columns import (
-    accumulation_dtype,
     centred,
     column_dots,
     cross_gaps,
     row_chunks,
 )
 from fastssl_kernels._dispatch import use_triton
-from fastssl_kernels._triton.vicreg import Weights, fused_gradient, fused_loss, operand_dtype
-from fastssl_kernels._validation import stack_views
-from fastssl_kernels.distributed import gather_batch, group_name, local_rows, row_counts, sum_ranks
-from fastssl_kernels.second_moment import Path, check_path, choose_path, energy_and_product
+from fastssl_kernels._precision import accumulation_dtype, operand_dtype
+from fastssl_kernels._triton.vicreg import fused_gradient, fused_loss
+from fastssl_kernels._validation import Path, check_views
+from fastssl_kernels.distributed import (
+    all_gather_with_grad,
+    all_reduce_sum,
+    row_counts,
+)
+from fastssl_kernels.second_moment import choose_path, energy_and_product
 
 
 def vicreg_loss_reference(
@@ -90,27 +94,49 @@ def vicreg_loss(
     """VICReg loss of views (V, N, D), or of a sequence of V tensors (N, D) -> ().
 
     sim_coeff, std_coeff, cov_coeff: weights of invariance, variance, covariance.
-    gamma: the standard deviation that the hinge asks for. eps: added to the unbiased variance.
+    gamma: the hinge's target standard deviation. eps: added to the unbiased variance.
     path: "gram" | "direct", "auto" for the one that multiplies less, or "eager", the reference.
-    group: ranks whose rows form one batch. Statistics and loss are the whole batch's, and so is the
-        gradient after data-parallel averaging (`_group` has the contract).
+    group: ranks whose rows form one batch. Statistics and loss are those of the global batch, and
+        so is the gradient after data-parallel averaging (distributed.py has the contract).
 
     Takes float64, 32, 16 or bfloat16, V >= 2, N >= 2; returns float32 (float64 for float64).
-    ValueError on other shapes, dtypes, mixed devices, an unknown path, a foreign group.
+    ValueError on other shapes, dtypes, mixed devices, an unknown path, a group without this rank.
     Source: arXiv:2105.04906, eq. 1-6, with the official code's halved variance term.
     """
-    name = "vicreg_loss"
-    z = stack_views(views, name, rows=local_rows(group))
-    check_path(path, name)
-    ranks = group_name(group, name)
-    weights = (sim_coeff, std_coeff, cov_coeff, gamma, eps)
+    z, ranks = check_views(views, "vicreg_loss", path=path, group=group)
     if path == "eager":
-        keywords = ("sim_coeff", "std_coeff", "cov_coeff", "gamma", "eps")
         loss = vicreg_loss_reference(
-            gather_batch(z, ranks), **dict(zip(keywords, weights, strict=True))
+            all_gather_with_grad(z, ranks),
+            sim_coeff=sim_coeff,
+            std_coeff=std_coeff,
+            cov_coeff=cov_coeff,
+            gamma=gamma,
+            eps=eps,
         )
         return loss.to(accumulation_dtype(z))
-    return _loss(z.contiguous(), *weights, path, ranks, wants_gradient(z))[0]
+    return _loss(
+        z.contiguous(),
+        sim_coeff,
+        std_coeff,
+        cov_coeff,
+        gamma,
+        eps,
+        path,
+        ranks,
+        wants_gradient(z),
+    )[0]
+
+
+class Weights(NamedTuple):
+    """Factors of the sums in the loss and in the gradient, and the hinge's constants."""
+
+    invariance: float  # of sum_{a < b} ||z_a - z_b||^2
+    hinge: float  # of sum over views and columns of relu(gamma - std)
+    energy: float  # of sum over views of sum_{i != j} cov_ij^2
+    alpha: float  # of P_a
+    invariance_grad: float  # of z_a - mean_v z_v
+    gamma: float
+    eps: float
 
 
 @torch.library.custom_op("fastssl::vicreg", mutates_args=())
@@ -125,66 +151,64 @@ def _loss(
     group: str,
     gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, P (V, n, D), mean (V, D), own (V, D), [alpha, pull] (2,)), see the file's head.
+    """(loss, P (V, n, D), mean (V, D), diag_coef (V, D), [alpha, invariance_grad] (2,)): see above.
 
-    All but the loss are for the backward pass, and empty where no gradient is wanted.
+    All but the loss are for the backward pass; without `gradient` they are empty.
     """
     rows = row_counts(z, group)
-    way = choose_path(path, z, sum(rows), pairs=False)
-    weights = _weights(z, sum(rows), sim_coeff, std_coeff, cov_coeff)
+    resolved_path = choose_path(path, z, sum(rows), pairs=False)
+    views, _, width = z.shape
+    invariance_weight = 2 * sim_coeff / (views * (views - 1) * sum(rows) * width)
+    energy_weight = 2 * cov_coeff / (views * width)
+    weights = Weights(
+        invariance=invariance_weight,
+        hinge=std_coeff / (views * width),
+        energy=energy_weight,
+        alpha=4 * energy_weight / (sum(rows) - 1),
+        invariance_grad=2 * views * invariance_weight,
+        gamma=gamma,
+        eps=eps,
+    )
     with torch.autocast(z.device.type, enabled=False):
         if use_triton(z) and not group:
-            return fused_loss(z, weights, gamma, eps, way, gradient)
-        return _lean_loss(z, rows, weights, gamma, eps, way, group, gradient)
-
-
-def _weights(z: Tensor, total: int, sim: float, std: float, cov: float) -> Weights:
-    views, _, width = z.shape
-    apart = 2 * sim / (views * (views - 1) * total * width)
-    energy = 2 * cov / (views * width)
-    return Weights(
-        apart=apart,
-        hinge=std / (views * width),
-        energy=energy,
-        alpha=4 * energy / (total - 1),
-        pull=2 * views * apart,
-    )
+            return fused_loss(z, weights, resolved_path, gradient)
+        return _lean_loss(z, rows, weights, resolved_path, group, gradient)
 
 
 def _lean_loss(
     z: Tensor,
     rows: list[int],
     weights: Weights,
-    gamma: float,
-    eps: float,
-    way: str,
+    resolved_path: str,
     group: str,
     gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`_loss` in torch operations: any device, any group."""
     total, world = sum(rows), len(rows)
-    kept = way == "gram"  # the energy holds the diagonals, sum_i var_i^2
+    includes_diagonal = resolved_path == "gram"  # the energy includes sum_i var_i^2
     mean, x = centred(z, total, group)
-    var = sum_ranks(column_dots(x, x), group) / (total - 1)  # (V, D)
-    operand, scale = x.to(_operand_dtype(z)), 1 / (total - 1)
+    var = all_reduce_sum(column_dots(x, x), group) / (total - 1)  # (V, D)
     energy, product = energy_and_product(
-        operand, rows, pairs=False, path=way, scale=scale, group=group, product=gradient
+        x.to(operand_dtype(z, standardized=False)),
+        rows,
+        pairs=False,
+        path=resolved_path,
+        scale=1 / (total - 1),
+        group=group,
+        product=gradient,
     )
-    std = (var + eps).sqrt()
-    apart = sum_ranks(cross_gaps(z).sum() / 2, group)
-    off = energy - var.square().sum() if kept else energy
-    loss = weights.apart * apart + weights.hinge * F.relu(gamma - std).sum() + weights.energy * off
+    std = (var + weights.eps).sqrt()
+    distances = all_reduce_sum(cross_gaps(z).sum() / 2, group)
+    hinge = F.relu(weights.gamma - std).sum()
+    off = energy - var.square().sum() if includes_diagonal else energy
+    loss = weights.invariance * distances + weights.hinge * hinge + weights.energy * off
     if not gradient:
         return no_gradient(loss)
-    hinge = torch.where(std < gamma, weights.hinge / (total - 1) / std, 0)
-    own = -world * (hinge + weights.alpha * kept * var)  # averaging divides by world again
-    alpha, pull = (own.new_full((1,), world * w) for w in (weights.alpha, weights.pull))
-    return loss, product, mean, own, torch.cat([alpha, pull])
-
-
-def _operand_dtype(z: Tensor) -> torch.dtype:
-    """What the matrix products read: never less than float32 on a CPU."""
-    return operand_dtype(z) if use_triton(z) else accumulation_dtype(z)
+    hinge_grad = torch.where(std < weights.gamma, weights.hinge / (total - 1) / std, 0)
+    # data-parallel averaging divides by world again
+    diag_coef = -world * (hinge_grad + weights.alpha * includes_diagonal * var)
+    factors = [mean.new_full((1,), world * w) for w in (weights.alpha, weights.invariance_grad)]
+    return loss, product, mean, diag_coef, torch.cat(factors)
 
 
 def _from_first(z: Tensor) -> Tensor:
@@ -194,17 +218,8 @@ def _from_first(z: Tensor) -> Tensor:
 
 
 @_loss.register_fake
-def _(
-    z: Tensor,
-    sim_coeff: float,
-    std_coeff: float,
-    cov_coeff: float,
-    gamma: float,
-    eps: float,
-    path: str,
-    group: str,
-    gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(z: Tensor, *settings: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    gradient = settings[-1]
     dtype = accumulation_dtype(z)
     loss = z.new_empty((), dtype=dtype)
     if not gradient:
@@ -212,7 +227,7 @@ def _(
     columns = (z.shape[0], z.shape[2])
     return (
         loss,
-        z.new_empty(z.shape, dtype=_operand_dtype(z)),
+        z.new_empty(z.shape, dtype=operand_dtype(z, standardized=False)),
         z.new_empty(columns, dtype=dtype),
         z.new_empty(columns, dtype=dtype),
         z.new_empty(2, dtype=dtype),
@@ -221,30 +236,23 @@ def _(
 
 @torch.library.custom_op("fastssl::vicreg_backward", mutates_args=())
 def _gradient(
-    grad: Tensor, z: Tensor, product: Tensor, mean: Tensor, own: Tensor, factors: Tensor
+    grad: Tensor, z: Tensor, product: Tensor, mean: Tensor, diag_coef: Tensor, factors: Tensor
 ) -> Tensor:
     """grad * dL/dz, (V, n, D) in z's dtype."""
     if use_triton(z):
-        return fused_gradient(grad, z, product, mean, own, factors)
+        return fused_gradient(grad, z, product, mean, diag_coef, factors)
     out = torch.empty_like(z)
     with torch.autocast(z.device.type, enabled=False):
-        own = own * grad
-        alpha, pull = factors * grad
+        diag_coef = diag_coef * grad
+        alpha, invariance_grad = factors * grad
         for r in row_chunks(z):
-            apart = _from_first(z[:, r])
+            differences = _from_first(z[:, r])
             rows = product[:, r] * alpha
-            rows.addcmul_(z[:, r] - mean[:, None], own[:, None])
-            rows -= apart.sum(0) * (pull / len(z))  # mean_v z_v - z_0
-            rows[1:] += apart * pull
+            rows.addcmul_(z[:, r] - mean[:, None], diag_coef[:, None])
+            rows -= differences.sum(0) * (invariance_grad / len(z))  # mean_v z_v - z_0
+            rows[1:] += differences * invariance_grad
             out[:, r] = rows
     return out
-
-
-@_gradient.register_fake
-def _(
-    grad: Tensor, z: Tensor, product: Tensor, mean: Tensor, own: Tensor, factors: Tensor
-) -> Tensor:
-    return torch.empty_like(z)
 
 
 register_gradient(_loss, _gradient)

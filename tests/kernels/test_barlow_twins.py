@@ -81,8 +81,8 @@ def test_module_equals_lightly() -> None:
 @pytest.mark.slow
 def test_kernels_ship() -> None:
     """bf16 with D a multiple of 16 and not, fp32 where it is not: that takes more registers."""
-    from fastssl_kernels._columns import BLOCK_D, BLOCK_N, SLOTS
     from fastssl_kernels._triton.barlow_twins import WARPS
+    from fastssl_kernels._triton.columns import BLOCK_D, BLOCK_N, SLOTS
 
     vectors = ("mean_ptr", "rstd_ptr", "r_ptr", "scale_ptr", "coef_ptr", "grad_ptr", "loss_ptr")
     vectors += ("partial_ptr", "on_ptr", "energy_ptr")

@@ -1,7 +1,6 @@
 """NT-Xent and InfoNCE: values, gradients, memory, ranks, and what they refuse."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -18,31 +17,17 @@ from fastssl_kernels import (
     nt_xent_loss_reference,
 )
 from fastssl_kernels import _similarity as similarity
-from fastssl_kernels._dispatch import interpreted
 from fastssl_kernels._triton import similarity as similarity_kernels
 from tests.helpers.gloo import on_ranks
 from tests.helpers.numerics import assert_within_budget, relative_error, value_and_grads
 from tests.helpers.offline_compile import Kernel, assert_ships, compile_offline
+from tests.helpers.triton_mode import Context, dtypes
 
-Context = Callable[[], AbstractContextManager[None]]
 SIZES = [(2, 2, 3), (2, 32, 64), (2, 65, 33), (3, 43, 7)]  # V, N, D
-
-
-@pytest.fixture(params=["torch", "triton"])
-def path(request: pytest.FixtureRequest, device: str) -> Context:
-    if device == "cuda":
-        if request.param == "torch":
-            pytest.skip("a GPU runs the kernels; the torch path is for float64")
-        return nullcontext
-    return nullcontext if request.param == "torch" else interpreted
 
 
 def draw(*shape: int, device: str = "cpu") -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(device)
-
-
-def dtypes(device: str) -> list[torch.dtype]:
-    return [torch.float32, torch.bfloat16 if device == "cuda" else torch.float16]
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -249,20 +234,20 @@ def test_every_tile_compiles_without_spills() -> None:
             tile = similarity_kernels.tile(torch.empty(0, dtype=dtype))
             sides = {k: v for k, v in tile.items() if k.startswith("BLOCK")}
             launch = {"num_warps": tile["num_warps"], "num_stages": tile["num_stages"]}
-            sizes = dict.fromkeys(("N", "M", "first", "low", "high", "period"), "i32")
-            sizes |= {"D": "i32:16"}
+            sizes = dict.fromkeys(("N", "M", "first", "period"), "i32") | {"D": "i32:16"}
+            sizes |= dict.fromkeys(("positives_start", "positives_stop"), "i32")
             lse = {"q_ptr": name, "k_ptr": name, "row_ptr": "*fp32", "col_ptr": "*fp32"}
             grads = ("g_row_ptr", "g_positive_ptr", "g_col_ptr", "g_positive_col_ptr")
             grad = lse | dict.fromkeys(grads, "*fp32") | {"h_ptr": name}
             for kind, columns in ((0, True), (0, False), (1, True), (2, True)):
-                flags = {"KIND": kind, "COLUMNS": columns, "OWN": True, "EVEN_D": True}
+                flags = {"KIND": kind, "COLUMNS": columns, "EXCLUDE_SELF": True, "EVEN_D": True}
                 flags |= {"PRECISION": "ieee"}
                 module = "fastssl_kernels._triton.similarity:"
                 constants = {**flags, **sides}
                 found.append(Kernel(module + "_lse_kernel", lse | sizes, constants, cc, **launch))
                 sizes_stride = {**sizes, "stride": "i32"}
                 backward = module + "_gradient_kernel"
-                constants = {**constants, "SELF": columns}
+                constants = {**constants, "SYMMETRIC": columns}
                 found.append(Kernel(backward, grad | sizes_stride, constants, cc, **launch))
     for resources in compile_offline(found):
         assert_ships(resources, dot=resources.kernel.signature["q_ptr"] == "*bf16")

@@ -1,7 +1,6 @@
 """DIETHead: its modes train the same, its fused step is torch's, its shards are one head."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,12 @@ from bench.measure import measure
 from fastssl_kernels import DIETHead, _class_update
 from fastssl_kernels._class_update import class_statistics_updating
 from fastssl_kernels._dispatch import interpreted
+from fastssl_kernels._triton import class_update as update_kernels
 from tests.helpers.gloo import on_ranks
 from tests.helpers.numerics import relative_error
 from tests.helpers.offline_compile import Kernel, assert_ships, compile_offline
+from tests.helpers.triton_mode import Context
 
-Context = Callable[[], AbstractContextManager[None]]
 Optimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
 
 RULES: dict[str, tuple[dict[str, Any], Optimizer]] = {
@@ -37,15 +37,6 @@ RULES: dict[str, tuple[dict[str, Any], Optimizer]] = {
         lambda w: torch.optim.SGD(w, lr=1e-2),
     ),
 }
-
-
-@pytest.fixture(params=["torch", "triton"])
-def path(request: pytest.FixtureRequest, device: str) -> Context:
-    if device == "cuda":
-        if request.param == "torch":
-            pytest.skip("a GPU runs the kernels; the torch path is for float64")
-        return nullcontext
-    return nullcontext if request.param == "torch" else interpreted
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -477,7 +468,7 @@ def test_every_update_tile_compiles_without_spills() -> None:
     found = []
     for cc in (80, 90, 100):
         for name, dtype in (("*bf16", torch.bfloat16), ("*fp32", torch.float32)):
-            tile = _class_update.update_tile(torch.empty(0, dtype=dtype))
+            tile = update_kernels.tile(torch.empty(0, dtype=dtype))
             sides = {k: v for k, v in tile.items() if k.startswith("BLOCK")}
             types = {"g_ptr": name, "x_ptr": name, "first": "i32:16", "stop": "i32", "N": "i32"}
             types |= dict.fromkeys(("w_ptr", "m_ptr", "v_ptr", "hyper_ptr", "unscale_ptr"), "*fp32")
@@ -486,7 +477,7 @@ def test_every_update_tile_compiles_without_spills() -> None:
             for adamw in (True, False):
                 constants = {"ADAMW": adamw, "PRECISION": "ieee", **sides}
                 launch = {"num_warps": tile["num_warps"], "num_stages": tile["num_stages"]}
-                kernel = "fastssl_kernels._class_update:_update_kernel"
+                kernel = "fastssl_kernels._triton.class_update:_update_kernel"
                 found.append(Kernel(kernel, types, constants, cc, **launch))
     for resources in compile_offline(found):
         assert_ships(resources, dot=resources.kernel.signature["x_ptr"] == "*bf16")

@@ -1,7 +1,6 @@
 """linear_cross_entropy: value, gradients, memory, shards, and what it refuses."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -13,26 +12,14 @@ from torch import Tensor
 from bench.measure import MIB, measure
 from fastssl_kernels import linear_cross_entropy, linear_cross_entropy_reference
 from fastssl_kernels._class_softmax import class_statistics, class_statistics_backward
-from fastssl_kernels._dispatch import interpreted
 from fastssl_kernels._triton import class_softmax as kernels
 from tests.helpers.gloo import on_ranks
 from tests.helpers.numerics import assert_within_budget, relative_error, value_and_grads
 from tests.helpers.offline_compile import Kernel, assert_ships, compile_offline
-
-Context = Callable[[], AbstractContextManager[None]]
+from tests.helpers.triton_mode import Context, dtypes
 
 # N, D, K: one row, all padding; one full tile; one spilled row and class; several tiles; odd
 SIZES = [(1, 3, 5), (64, 32, 64), (65, 33, 129), (130, 40, 700), (37, 7, 1283)]
-
-
-@pytest.fixture(params=["torch", "triton"])
-def path(request: pytest.FixtureRequest, device: str) -> Context:
-    """The torch path, then the kernels: on a GPU as they run there, else in the interpreter."""
-    if request.param == "torch":
-        if device == "cuda":
-            pytest.skip("a GPU runs the kernels; the torch path is for float64")
-        return nullcontext
-    return nullcontext if device == "cuda" else interpreted
 
 
 def draw(n: int, dim: int, classes: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -41,12 +28,6 @@ def draw(n: int, dim: int, classes: int, device: str) -> tuple[Tensor, Tensor, T
     x = torch.randn(n, dim, generator=generator)
     w = 2 * torch.randn(classes, dim, generator=generator) / dim**0.5
     return x.to(device), w.to(device), torch.randint(classes, (n,), generator=generator).to(device)
-
-
-def dtypes(device: str) -> list[torch.dtype]:
-    """What the kernels are tested in: the interpreter multiplies bf16 wrongly before Triton 3.9."""
-    half = torch.bfloat16 if device == "cuda" else torch.float16
-    return [torch.float32, half]
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)

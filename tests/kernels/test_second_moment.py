@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from fastssl_kernels import second_moment, second_moment_energy, second_moment_energy_reference
-from fastssl_kernels._columns import SLOTS
+from fastssl_kernels._triton import second_moment as fused_second_moment
+from fastssl_kernels._triton.columns import SLOTS
 from tests.helpers.numerics import assert_within_budget, relative_error, value_and_grads
 from tests.helpers.offline_compile import Kernel, assert_ships, compile_offline
 from tests.helpers.triton_mode import fused
@@ -36,7 +37,7 @@ def test_energy_by_hand() -> None:
 
 @pytest.mark.parametrize("shape", [(2, 9, 5), (2, 9, 13), (3, 7, 11), (5, 2, 3), (2, 33, 1)])
 @pytest.mark.parametrize("path", ["gram", "direct", "eager"])
-def test_every_path_is_the_formula(shape: tuple[int, int, int], path: second_moment.Path) -> None:
+def test_every_path_is_the_formula(shape: tuple[int, int, int], path: str) -> None:
     for pairs, diagonal in CASES:
         keywords = {"pairs": pairs, "diagonal": diagonal}
         truth = value_and_grads(
@@ -55,7 +56,7 @@ def test_every_path_is_the_formula(shape: tuple[int, int, int], path: second_mom
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("path", ["gram", "direct"])
-def test_within_budget(path: second_moment.Path, dtype: torch.dtype) -> None:
+def test_within_budget(path: str, dtype: torch.dtype) -> None:
     for (pairs, diagonal), shape in grid(CASES, [(2, 37, 129), (3, 130, 31)]):
         keywords = {"pairs": pairs, "diagonal": diagonal}
         assert_within_budget(
@@ -67,7 +68,7 @@ def test_within_budget(path: second_moment.Path, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("path", ["gram", "direct"])
-def test_slabs_join_to_the_whole(path: second_moment.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slabs_join_to_the_whole(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x = [views(3, 11, 7)]
     for pairs in (True, False):
         whole = value_and_grads(
@@ -122,10 +123,10 @@ def test_kernels_equal_torch(path: str, pairs: bool, dtype: torch.dtype, device:
             for p in (path, "gram")
         )
         with fused(device):
-            partials, found = second_moment.fused_energy_and_product(
+            partials, found = fused_second_moment.fused_energy_and_product(
                 x, pairs=pairs, path=path, scale=scale, product=True
             )
-            alone, none = second_moment.fused_energy_and_product(
+            alone, none = fused_second_moment.fused_energy_and_product(
                 x, pairs=pairs, path=path, scale=scale, product=False
             )
         eps = torch.finfo(dtype).eps
@@ -140,7 +141,7 @@ def test_tile_kernel_ships() -> None:
     """Every tile configuration, aligned and not, on every architecture."""
     pointers = {2: ["*bf16", "*fp16"], 4: ["*fp32"]}
     kernels, dots = [], []
-    for (size, tcgen05), (i, j, n, warps, stages) in second_moment.TILES.items():
+    for (size, tcgen05), (i, j, n, warps, stages) in fused_second_moment.TILES.items():
         architectures = [100] if tcgen05 else [80, 90]
         for cc, write, number in grid(architectures, (True, False), ("i32:16", "i32")):
             for pointer, precision in grid(pointers[size], ["tf32", "ieee"][size == 2 :]):
@@ -154,7 +155,7 @@ def test_tile_kernel_ships() -> None:
                 }
                 constexprs = {"WRITE": write, "PRECISION": precision}
                 blocks = {"BLOCK_I": i, "BLOCK_J": j, "BLOCK_N": n}
-                name = "fastssl_kernels.second_moment:_tile_kernel"
+                name = "fastssl_kernels._triton.second_moment:_tile_kernel"
                 kernels.append(Kernel(name, signature, constexprs | blocks, cc, warps, stages))
                 dots.append(size == 2 or precision == "tf32")  # ieee float32 has no tensor cores
     for resources, dot in zip(compile_offline(kernels), dots, strict=True):
@@ -164,16 +165,16 @@ def test_tile_kernel_ships() -> None:
 @pytest.mark.slow
 def test_reductions_ship() -> None:
     """The kernel over Gram matrices and the one that adds partial sums up."""
-    name, kernels = "fastssl_kernels.second_moment:_gram_kernel", []
+    name, kernels = "fastssl_kernels._triton.second_moment:_gram_kernel", []
     inputs = (("*bf16", "i32"), ("*fp32", "i32:16"))
     modes = ((True, True), (True, False), (False, False))
     for cc, (pointer, number), (pairs, write) in grid((80, 90, 100), inputs, modes):
         types = {"k_ptr": pointer, "partial_ptr": "*fp32", "V": "i32", "size": number}
-        constexprs = {"PAIRS": pairs, "WRITE": write, "BLOCK": second_moment.ENTRIES}
+        constexprs = {"PAIRS": pairs, "WRITE": write, "BLOCK": fused_second_moment.ENTRIES}
         kernels.append(Kernel(name, types, constexprs, cc))
     total = dict.fromkeys(("first_ptr", "second_ptr", "out_ptr"), "*fp32")
     total |= {"first": "i32", "second": "i32", "weight": "fp32"}
-    name = "fastssl_kernels._columns:_total_kernel"
+    name = "fastssl_kernels._triton.columns:_total_kernel"
     kernels += [Kernel(name, total, {"BLOCK": SLOTS}, cc) for cc in (80, 90, 100)]
     for resources in compile_offline(kernels):
         assert_ships(resources, dot=False)

@@ -87,15 +87,15 @@ def test_module_names_bad_shapes() -> None:
 @pytest.mark.slow
 def test_kernels_ship() -> None:
     """bf16 with D a multiple of 16 and not, fp32 where it is not: that takes more registers."""
-    from fastssl_kernels._columns import BLOCK_D, BLOCK_N
+    from fastssl_kernels._triton.columns import BLOCK_D, BLOCK_N
 
-    vectors = ("mean_ptr", "own_ptr", "factors_ptr", "partial_ptr", "grad_ptr")
-    weights = ("gamma", "eps", "apart_weight", "hinge_weight", "diagonal_weight", "alpha")
-    weights += ("diagonal_alpha", "pull")
+    vectors = ("mean_ptr", "diag_coef_ptr", "factors_ptr", "partial_ptr", "grad_ptr")
+    weights = ("gamma", "eps", "invariance_weight", "hinge_weight", "diagonal_weight", "alpha")
+    weights += ("diagonal_alpha", "invariance_grad")
     arguments = {
-        "_columns_kernel": "z_ptr x_ptr mean_ptr own_ptr factors_ptr partial_ptr V N D gamma eps "
-        "apart_weight hinge_weight diagonal_weight alpha diagonal_alpha pull",
-        "_gradient_kernel": "grad_ptr z_ptr p_ptr mean_ptr own_ptr factors_ptr out_ptr V N D",
+        "_columns_kernel": "z_ptr x_ptr mean_ptr diag_coef_ptr factors_ptr partial_ptr V N D gamma "
+        "eps invariance_weight hinge_weight diagonal_weight alpha diagonal_alpha invariance_grad",
+        "_gradient_kernel": "grad_ptr z_ptr p_ptr mean_ptr diag_coef_ptr factors_ptr out_ptr V N D",
     }
     types = {**dict.fromkeys(vectors, "*fp32"), **dict.fromkeys(weights, "fp32"), "V": "i32"}
     kernels = []

@@ -13,43 +13,57 @@ import triton.language as tl
 from torch import Tensor
 
 from fastssl_kernels._autograd import no_gradient
-from fastssl_kernels._columns import (
+from fastssl_kernels._triton.columns import (
     BLOCK_D,
     BLOCK_N,
     SLOTS,
+    column_grid,
     column_mean,
     column_square,
     load_tile,
     reciprocal_root,
     slot_sum,
+    tile_grid,
     weighted_total,
 )
-from fastssl_kernels.second_moment import choose_path, fused_energy_and_product
+from fastssl_kernels._triton.second_moment import fused_energy_and_product
 
 WARPS = 8  # of `_columns_kernel`, which with 4 spills on sm_100 where D is not a multiple of 16
 
 
 def fused_loss(
-    z: Tensor, lambd: float, eps: float, path: str, gradient: bool
+    z: Tensor, lambd: float, eps: float, resolved_path: str, gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As barlow_twins.py's op over all pairs: three launches beside the matrix products."""
     views, n, width = z.shape
-    way = choose_path(path, z, n, pairs=True)
-    kept = float(way == "gram")  # the energy still holds the diagonals
+    # on the Gram path the energy includes the diagonals, which are subtracted here
+    diagonal = lambd * float(resolved_path == "gram")
     pairs = views * (views - 1) / 2
     alpha = 2 * lambd / (n * pairs)
-    grid = (triton.cdiv(width, BLOCK_D), views)
+    grid = column_grid(z)
     h = torch.empty_like(z)
     mean, rstd, scale = (z.new_empty((views, width), dtype=torch.float32) for _ in range(3))
     r, coef = (z.new_empty((views, views, width), dtype=torch.float32) for _ in range(2))
     on = z.new_empty(grid[0] * views, dtype=torch.float32)
     blocks = {"BLOCK_N": BLOCK_N, "BLOCK_D": BLOCK_D}
-    weights = (eps, lambd * kept, 0.5 / pairs)
     _columns_kernel[grid](
-        z, h, mean, rstd, r, on, views, n, width, *weights, **blocks, num_warps=WARPS
+        z,
+        h,
+        mean,
+        rstd,
+        r,
+        on,
+        views,
+        n,
+        width,
+        eps,
+        diagonal,
+        0.5 / pairs,
+        **blocks,
+        num_warps=WARPS,
     )
     energy, product = fused_energy_and_product(
-        h, pairs=True, path=way, scale=1 / n, product=gradient
+        h, pairs=True, path=resolved_path, scale=1 / n, product=gradient
     )
     if not gradient:
         return no_gradient(weighted_total(on, energy, lambd / pairs))
@@ -70,7 +84,7 @@ def fused_loss(
         n,
         width,
         alpha,
-        lambd * kept,
+        diagonal,
         2 / (n * pairs),
         lambd / pairs,
         SLOTS=SLOTS,
@@ -112,10 +126,9 @@ def _columns_kernel(
         for start in range(0, N, BLOCK_N):
             za, rows, _ = load_tile(z_ptr, a, start, cols, N, D, BLOCK_N)
             zb, _, _ = load_tile(z_ptr, b, start, cols, N, D, BLOCK_N)
-            gap = (za - mean_a[None, :]) * rstd_a[None, :] - (zb - mean_b[None, :]) * rstd_b[
-                None, :
-            ]
-            gaps += tl.where(rows, gap * gap, 0.0)
+            ha = (za - mean_a[None, :]) * rstd_a[None, :]
+            hb = (zb - mean_b[None, :]) * rstd_b[None, :]
+            gaps += tl.where(rows, (ha - hb) * (ha - hb), 0.0)
         r = -0.5 * (tl.sum(gaps, axis=0) / N + eps * (rstd_a * rstd_a + rstd_b * rstd_b))
         tl.store(r_ptr + (a * V + b) * D + cols, r, mask=inside)
         on += tl.where(inside & (b != a), r * r - diagonal * (1 + r) * (1 + r), 0.0)
@@ -182,9 +195,9 @@ def fused_gradient(
     views, n, width = z.shape
     out = torch.empty_like(z)
     shared = 0 if len(product) == 1 else 1  # views' stride in product, in views
-    grid = (triton.cdiv(width, BLOCK_D), triton.cdiv(n, BLOCK_N), views)
-    sizes = (views, n, width, shared, BLOCK_N, BLOCK_D)
-    _gradient_kernel[grid](grad, z, product, mean, scale, coef, out, *sizes)
+    _gradient_kernel[tile_grid(z)](
+        grad, z, product, mean, scale, coef, out, views, n, width, shared, BLOCK_N, BLOCK_D
+    )
     return out
 
 

@@ -2,14 +2,14 @@
 
 A program of the statistics kernel holds BLOCK_N rows and walks over a span of classes with a
 running maximum, so partial results are four numbers for each row and span. Rows vary fastest over
-programs: all rows meet a tile of weights while it is in the L2 cache. The class tile is the same in
+programs: all rows use a tile of weights while it is in the L2 cache. The class tile is the same in
 the forward and in the recompute.
 
 Shapes: N batch, D embedding, K classes, C classes in a block.
 """
 
 # mypy: allow-untyped-defs
-# (Triton kernels and autograd callbacks carry no types.)
+# (a Triton kernel's arguments have no Python types)
 
 import torch
 import triton
@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastssl_kernels._dispatch import architecture
+from fastssl_kernels._precision import log_sum
 
 PROGRAMS = 1056  # eight rounds on an H200's 132 multiprocessors, one program on each at a time
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -39,8 +40,8 @@ def tile(x: Tensor, extra: bool) -> dict[str, int]:
     return {**sides, "num_warps": 8, "num_stages": 3}
 
 
-def dot_precision(x: Tensor) -> str:
-    """How tl.dot multiplies float32: as torch.matmul was told to. Other types have one way."""
+def dot_precision() -> str:
+    """How tl.dot multiplies float32, as set for torch.matmul; other dtypes ignore it."""
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
@@ -101,44 +102,46 @@ def _statistics_kernel(
     row_tiles = tl.cdiv(N, BLOCK_N)
     part = tl.program_id(0) // row_tiles
     rows = (tl.program_id(0) % row_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
-    real = rows < N
-    near = tl.minimum(rows, N - 1)
+    row_mask = rows < N
+    safe_rows = tl.minimum(rows, N - 1)
     n = tl.full((), 0, tl.int64) + N  # int64: N * K passes 2^31
-    label = tl.load(labels_ptr + near).to(tl.int32)  # int64 compares would cost twice the registers
+    label = tl.load(labels_ptr + safe_rows).to(tl.int32)  # int64 would take twice the registers
     top = tl.full((BLOCK_N,), float("-inf"), tl.float32)
     exps = tl.zeros((BLOCK_N,), tl.float32)
     target = tl.zeros((BLOCK_N,), tl.float32)
     total = tl.zeros((BLOCK_N,), tl.float32)
     for start in range(part * span, tl.minimum(part * span + span, K), BLOCK_K):
         classes = start + tl.arange(0, BLOCK_K)
-        here = tl.minimum(classes, K - 1)
-        z = logits_tile(x_ptr, w_ptr, near, here, D, BLOCK_D, EVEN_D, PRECISION)
+        safe_classes = tl.minimum(classes, K - 1)
+        z = logits_tile(x_ptr, w_ptr, safe_rows, safe_classes, D, BLOCK_D, EVEN_D, PRECISION)
         if HAS_BIAS:
-            z += tl.load(bias_ptr + here).to(tl.float32)[None, :]
+            z += tl.load(bias_ptr + safe_classes).to(tl.float32)[None, :]
         inside = (classes < K)[None, :]
         total += tl.sum(tl.where(inside, z, 0.0), 1)
         target += tl.sum(tl.where(inside & (classes[None, :] == label[:, None]), z, 0.0), 1)
         z = tl.where(inside, z, float("-inf"))
-        higher = tl.maximum(top, tl.max(z, 1))
-        e = tl.exp2((z - higher[:, None]) * LOG2E)
-        exps = exps * tl.exp2((top - higher) * LOG2E) + tl.sum(e, 1)
-        top = higher
+        maximum = tl.maximum(top, tl.max(z, 1))
+        e = tl.exp2((z - maximum[:, None]) * LOG2E)
+        exps = exps * tl.exp2((top - maximum) * LOG2E) + tl.sum(e, 1)
+        top = maximum
         if SAVE:
-            at = ((start // C) * n + rows)[:, None] * C + start % C + tl.arange(0, BLOCK_K)[None, :]
-            tl.store(exp_ptr + at, e.to(exp_ptr.dtype.element_ty), mask=real[:, None] & inside)
-            tl.store(reference_ptr + (start // BLOCK_K) * n + rows, higher, mask=real)
+            row_offsets = ((start // C) * n + rows)[:, None] * C + start % C
+            offsets = row_offsets + tl.arange(0, BLOCK_K)[None, :]
+            mask = row_mask[:, None] & inside
+            tl.store(exp_ptr + offsets, e.to(exp_ptr.dtype.element_ty), mask=mask)
+            tl.store(reference_ptr + (start // BLOCK_K) * n + rows, maximum, mask=row_mask)
     slots = tl.num_programs(0) // row_tiles * N
     out = partial_ptr + part * N + rows
-    tl.store(out, top, mask=real)
-    tl.store(out + slots, exps, mask=real)
-    tl.store(out + 2 * slots, target, mask=real)
-    tl.store(out + 3 * slots, total, mask=real)
+    tl.store(out, top, mask=row_mask)
+    tl.store(out + slots, exps, mask=row_mask)
+    tl.store(out + 2 * slots, target, mask=row_mask)
+    tl.store(out + 3 * slots, total, mask=row_mask)
 
 
 def statistics(
     x: Tensor, w: Tensor, bias: Tensor | None, labels: Tensor, save: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """lse, target, sum, low (N,) float32; exponentials (ceil(K / C), N, C) and references."""
+    """lse, target, sum, lse_lo (N,) float32; exponentials (ceil(K / C), N, C) and references."""
     n, classes, dim = len(x), len(w), x.shape[1]
     config = tile(x, save or bias is not None)
     row_tiles = triton.cdiv(n, config["BLOCK_N"])
@@ -163,32 +166,18 @@ def statistics(
         HAS_BIAS=bias is not None,
         SAVE=save,
         EVEN_D=dim % config["BLOCK_D"] == 0,
-        PRECISION=dot_precision(x),
+        PRECISION=dot_precision(),
         **config,
     )
-    lse, low = log_sum(partial[0], partial[1])
+    lse, lse_lo = log_sum(partial[0], partial[1])
     # sums in a fixed order: the same input gives the same bits
-    return lse, partial[2].sum(0), partial[3].sum(0), low, exponentials, references
-
-
-def log_sum(tops: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
-    """log sum_b sums_b exp(tops_b), rounded, and what rounding left. (B, N) -> (N,), (N,)"""
-    top = tops.amax(0)
-    log = (sums * (tops - top).exp()).sum(0).log()
-    return two_sum(top, log)
-
-
-def two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """a + b rounded, and what rounding left over (Knuth); nothing is left of infinities."""
-    total = a + b
-    part = total - a
-    return total, ((a - (total - part)) + (b - part)).nan_to_num(0.0, 0.0, 0.0)
+    return lse, partial[2].sum(0), partial[3].sum(0), lse_lo, exponentials, references
 
 
 def saved_like(x: Tensor, classes: int, save: bool) -> tuple[Tensor, Tensor]:
     """Empty tensors for exponentials and their references; without `save` of no elements.
 
-    Two-byte inputs keep exponentials as float16: they lie in [0, 1] and gain three bits over bf16.
+    Those of two-byte inputs are float16: in [0, 1] it has three bits more than bfloat16.
     """
     n, size = len(x), block_classes(len(x))
     dtype = torch.float32 if x.dtype == torch.float32 else torch.float16
@@ -206,7 +195,7 @@ def _gradient_kernel(
     bias_ptr,
     labels_ptr,
     lse_ptr,
-    grads_ptr,  # (3, N): of lse, the target's entry, of sum
+    grads_ptr,  # (3, N): of lse, the label's logit, of sum
     exp_ptr,  # (N, C), this block's
     reference_ptr,  # (tiles, N), from this block's first tile on
     g_ptr,  # (N, C)
@@ -229,25 +218,25 @@ def _gradient_kernel(
     columns = column_tile * BLOCK_K + tl.arange(0, BLOCK_K)
     classes = first + columns
     inside = (rows < N)[:, None] & (classes < stop)[None, :]
-    near = tl.minimum(rows, N - 1)
-    at = rows.to(tl.int64)[:, None] * C + columns[None, :]
-    lse = tl.load(lse_ptr + near)
-    g_lse = tl.load(grads_ptr + near)
-    entry = tl.load(grads_ptr + N + near)
-    g_sum = tl.load(grads_ptr + 2 * N + near)
+    safe_rows = tl.minimum(rows, N - 1)
+    offsets = rows.to(tl.int64)[:, None] * C + columns[None, :]
+    lse = tl.load(lse_ptr + safe_rows)
+    g_lse = tl.load(grads_ptr + safe_rows)
+    g_label = tl.load(grads_ptr + N + safe_rows)
+    g_sum = tl.load(grads_ptr + 2 * N + safe_rows)
     if SAVED:
-        e = tl.load(exp_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        reference = tl.load(reference_ptr + column_tile.to(tl.int64) * N + near)
+        e = tl.load(exp_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+        reference = tl.load(reference_ptr + column_tile.to(tl.int64) * N + safe_rows)
         p = e * tl.exp2((reference - lse) * LOG2E)[:, None]
     else:
-        here = tl.minimum(classes, stop - 1)
-        z = logits_tile(x_ptr, w_ptr, near, here, D, BLOCK_D, EVEN_D, PRECISION)
+        safe_classes = tl.minimum(classes, stop - 1)
+        z = logits_tile(x_ptr, w_ptr, safe_rows, safe_classes, D, BLOCK_D, EVEN_D, PRECISION)
         if HAS_BIAS:
-            z += tl.load(bias_ptr + here).to(tl.float32)[None, :]
+            z += tl.load(bias_ptr + safe_classes).to(tl.float32)[None, :]
         p = tl.exp2((z - lse[:, None]) * LOG2E)
-    own = classes[None, :] == tl.load(labels_ptr + near).to(tl.int32)[:, None]
-    g = tl.where(own, entry[:, None], g_lse[:, None] * p + g_sum[:, None])  # in float32
-    tl.store(g_ptr + at, g.to(g_ptr.dtype.element_ty), mask=inside)
+    is_label = classes[None, :] == tl.load(labels_ptr + safe_rows).to(tl.int32)[:, None]
+    g = tl.where(is_label, g_label[:, None], g_lse[:, None] * p + g_sum[:, None])  # in float32
+    tl.store(g_ptr + offsets, g.to(g_ptr.dtype.element_ty), mask=inside)
 
 
 def gradient_block(
@@ -262,7 +251,7 @@ def gradient_block(
     start: int,
     stop: int,
 ) -> Tensor:
-    """G (N, stop - start) in x's dtype. grads (3, N): of lse, the target's entry, of sum."""
+    """G (N, stop - start) in x's dtype. grads (3, N): of lse, the label's logit, of sum."""
     n, dim, size = len(x), x.shape[1], block_classes(len(x))
     save = len(exponentials) > 0
     config = tile(x, save or bias is not None)
@@ -286,7 +275,7 @@ def gradient_block(
         HAS_BIAS=bias is not None,
         SAVED=save,
         EVEN_D=dim % config["BLOCK_D"] == 0,
-        PRECISION=dot_precision(x),
+        PRECISION=dot_precision(),
         **config,
     )
     return g[:, : stop - start]

@@ -9,7 +9,7 @@ Shapes: N queries, M keys, D embedding; R x C a host tile.
 # mypy: allow-untyped-defs
 # (a Triton kernel's arguments have no Python types)
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -17,6 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fastssl_kernels._triton.class_softmax import LOG2E, dot_precision, logits_tile
+
+if TYPE_CHECKING:
+    from fastssl_kernels._similarity import Pairs, Upstream
 
 SIDES = (4096, 4096)  # 32 MiB of H in two bytes
 
@@ -30,31 +33,22 @@ def tile(x: Tensor) -> dict[str, int]:
     return {**sides, "num_warps": 8, "num_stages": 3}
 
 
-def half_scale(gradients: list[Tensor]) -> Tensor:
-    """() power of two for float16 tiles of H, as for blocks of class gradients.
-
-    2^10, not 2^15: a derivative of the square, 2 q.k, comes on top.
-    """
-    bound = torch.stack([g.abs().max() for g in gradients if len(g)]).sum()
-    return torch.exp2(torch.floor(10 - torch.log2(bound.clamp(min=1e-30))))
-
-
 @triton.jit
 def _products(
     q_ptr, k_ptr, rows, cols, N, M, D, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr, P: tl.constexpr
 ):
-    """q[rows] . k[cols]; past the ends the last row or column again."""
-    near, here = tl.minimum(rows, N - 1), tl.minimum(cols, M - 1)
-    return logits_tile(q_ptr, k_ptr, near, here, D, BLOCK_D, EVEN_D, P)
+    """q[rows] . k[cols]; rows and columns past the end repeat the last one."""
+    safe_rows, safe_cols = tl.minimum(rows, N - 1), tl.minimum(cols, M - 1)
+    return logits_tile(q_ptr, k_ptr, safe_rows, safe_cols, D, BLOCK_D, EVEN_D, P)
 
 
 @triton.jit
-def _meets(top, left, first, period, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Whether a tile holds an entry a multiple of `period` away from the own key's diagonal."""
-    least = left - first - top - (BLOCK_N - 1)
-    most = left + (BLOCK_M - 1) - first - top
-    shift = period * (tl.abs(least) // period + 1)  # remainders of what is not negative
-    return (most + shift) // period > (least + shift - 1) // period
+def _holds_positives(top, left, first, period, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Whether a tile has an entry on a diagonal a multiple of `period` from that of self keys."""
+    lowest = left - first - top - (BLOCK_N - 1)
+    highest = left + (BLOCK_M - 1) - first - top
+    shift = period * (tl.abs(lowest) // period + 1)  # makes both dividends non-negative
+    return (highest + shift) // period > (lowest + shift - 1) // period
 
 
 @triton.jit
@@ -66,12 +60,12 @@ def _lse_kernel(
     N,
     M,
     D,
-    first,  # column that is the own key of row 0
-    low,  # columns in [low, high) can be positives
-    high,
+    first,  # column of row 0's self key
+    positives_start,  # columns in [positives_start, positives_stop) can be positives
+    positives_stop,
     period,
     KIND: tl.constexpr,
-    OWN: tl.constexpr,
+    EXCLUDE_SELF: tl.constexpr,
     COLUMNS: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -88,27 +82,28 @@ def _lse_kernel(
     if KIND == 2:
         s = tl.abs(s)
     inside = (rows < N)[:, None] & (cols < M)[None, :]
-    away = cols[None, :] - first - rows[:, None]
-    counts = inside & (away != 0) if OWN else inside
+    offset = cols[None, :] - first - rows[:, None]
+    valid = inside & (offset != 0) if EXCLUDE_SELF else inside
     positive = tl.zeros((BLOCK_N,), tl.float32)
-    if _meets(i * BLOCK_N, j * BLOCK_M, first, period, BLOCK_N, BLOCK_M):
-        among = (cols >= low) & (cols < high)
-        positive = tl.sum(tl.where(counts & among[None, :] & (away % period == 0), s, 0.0), 1)
+    if _holds_positives(i * BLOCK_N, j * BLOCK_M, first, period, BLOCK_N, BLOCK_M):
+        is_candidate = (cols >= positives_start) & (cols < positives_stop)
+        is_positive = valid & is_candidate[None, :] & (offset % period == 0)
+        positive = tl.sum(tl.where(is_positive, s, 0.0), 1)
     tl.store(row_ptr + (2 * col_tiles + j) * N + rows, positive, mask=rows < N)
-    s = tl.where(counts, s, -1e30)  # finite: a row of a tile may count nothing
+    s = tl.where(valid, s, -1e30)  # finite: a row of a tile may have no valid entry
     top = tl.max(s, 1)
-    exps = tl.sum(tl.where(counts, tl.exp2((s - top[:, None]) * LOG2E), 0.0), 1)
+    exps = tl.sum(tl.where(valid, tl.exp2((s - top[:, None]) * LOG2E), 0.0), 1)
     tl.store(row_ptr + j * N + rows, top, mask=rows < N)
     tl.store(row_ptr + (col_tiles + j) * N + rows, exps, mask=rows < N)
     if COLUMNS:
         top = tl.max(s, 0)
-        exps = tl.sum(tl.where(counts, tl.exp2((s - top[None, :]) * LOG2E), 0.0), 0)
+        exps = tl.sum(tl.where(valid, tl.exp2((s - top[None, :]) * LOG2E), 0.0), 0)
         tl.store(col_ptr + i * M + cols, top, mask=cols < M)
         tl.store(col_ptr + (row_tiles + i) * M + cols, exps, mask=cols < M)
 
 
 def tile_sums(
-    q: Tensor, k: Tensor, rows: slice, columns: slice, pairs: Any, kind: int, wanted: bool
+    q: Tensor, k: Tensor, rows: slice, columns: slice, pairs: "Pairs", kind: int, with_columns: bool
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None, Tensor]:
     """(maximum, sum of exponentials) over a host tile's rows and columns, and positives (R,)."""
     a, b = q[rows], k[columns]
@@ -116,7 +111,7 @@ def tile_sums(
     row_tiles = triton.cdiv(len(a), config["BLOCK_N"])
     col_tiles = triton.cdiv(len(b), config["BLOCK_M"])
     row = q.new_empty(3, col_tiles, len(a), dtype=torch.float32)
-    col = q.new_empty(2, row_tiles, len(b), dtype=torch.float32) if wanted else row
+    col = q.new_empty(2, row_tiles, len(b), dtype=torch.float32) if with_columns else row
     _lse_kernel[(row_tiles * col_tiles,)](
         a,
         b,
@@ -125,15 +120,15 @@ def tile_sums(
         len(a),
         len(b),
         q.shape[1],
-        *_counted(pairs, rows, columns),
+        *_relative_to_tile(pairs, rows, columns),
         KIND=kind,
-        OWN=pairs.own,
-        COLUMNS=wanted,
+        EXCLUDE_SELF=pairs.exclude_self,
+        COLUMNS=with_columns,
         EVEN_D=q.shape[1] % config["BLOCK_D"] == 0,
-        PRECISION=dot_precision(q),
+        PRECISION=dot_precision(),
         **config,
     )
-    return _combined(row), _combined(col) if wanted else None, row[2].sum(0)
+    return _combined(row), _combined(col) if with_columns else None, row[2].sum(0)
 
 
 def _combined(partial: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,10 +137,10 @@ def _combined(partial: Tensor) -> tuple[Tensor, Tensor]:
     return top, (partial[1] * (partial[0] - top).exp()).sum(0)
 
 
-def _counted(pairs: Any, rows: slice, columns: slice) -> tuple[int, int, int, int]:
-    """first, low, high and period, counted from a host tile's first row and column."""
-    low = pairs.first - columns.start
-    return low + rows.start, low, low + pairs.n, pairs.period
+def _relative_to_tile(pairs: "Pairs", rows: slice, columns: slice) -> tuple[int, int, int, int]:
+    """first, positives_start, positives_stop and period, relative to a host tile's corner."""
+    positives_start = pairs.first - columns.start
+    return positives_start + rows.start, positives_start, positives_start + pairs.n, pairs.period
 
 
 @triton.jit
@@ -163,14 +158,14 @@ def _gradient_kernel(
     M,
     D,
     first,
-    low,
-    high,
+    positives_start,
+    positives_stop,
     period,
     stride,
     KIND: tl.constexpr,
-    OWN: tl.constexpr,
+    EXCLUDE_SELF: tl.constexpr,
     COLUMNS: tl.constexpr,
-    SELF: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -194,27 +189,27 @@ def _gradient_kernel(
         col = tl.load(col_ptr + cols, mask=cols < M, other=0.0)
         g_col = tl.load(g_col_ptr + cols, mask=cols < M, other=0.0)
         h += g_col[None, :] * tl.exp2((s - col[None, :]) * LOG2E)
-    away = cols[None, :] - first - rows[:, None]
-    if _meets(i * BLOCK_N, j * BLOCK_M, first, period, BLOCK_N, BLOCK_M):
+    offset = cols[None, :] - first - rows[:, None]
+    if _holds_positives(i * BLOCK_N, j * BLOCK_M, first, period, BLOCK_N, BLOCK_M):
         g = tl.load(g_positive_ptr + rows, mask=rows < N, other=0.0)[:, None]
-        if SELF:
+        if SYMMETRIC:
             g += tl.load(g_positive_col_ptr + cols, mask=cols < M, other=0.0)[None, :]
-        among = (cols >= low) & (cols < high)
-        h += tl.where(among[None, :] & (away % period == 0), g, 0.0)
+        is_candidate = (cols >= positives_start) & (cols < positives_stop)
+        h += tl.where(is_candidate[None, :] & (offset % period == 0), g, 0.0)
     if KIND == 1:
         h = h * 2.0 * z
     if KIND == 2:
         h = tl.where(z < 0, -h, tl.where(z > 0, h, 0.0))
-    if OWN:
-        h = tl.where(away != 0, h, 0.0)
-    at = rows.to(tl.int64)[:, None] * stride + cols[None, :]
-    tl.store(h_ptr + at, h.to(h_ptr.dtype.element_ty), mask=inside)
+    if EXCLUDE_SELF:
+        h = tl.where(offset != 0, h, 0.0)
+    offsets = rows.to(tl.int64)[:, None] * stride + cols[None, :]
+    tl.store(h_ptr + offsets, h.to(h_ptr.dtype.element_ty), mask=inside)
 
 
 def tile_gradient(
-    q: Tensor, k: Tensor, rows: slice, columns: slice, pairs: Any, kind: int, up: Any
+    q: Tensor, k: Tensor, rows: slice, columns: slice, pairs: "Pairs", kind: int, up: "Upstream"
 ) -> Tensor:
-    """H (R, C) of one host tile in q's dtype; `pairs` and `up` as in _similarity.py."""
+    """H (R, C) of one host tile in q's dtype."""
     a, b = q[rows], k[columns]
     config = tile(q)
     stride = -(-len(b) // 8) * 8  # rows that start on 16 bytes
@@ -229,14 +224,14 @@ def tile_gradient(
         len(a),
         len(b),
         q.shape[1],
-        *_counted(pairs, rows, columns),
+        *_relative_to_tile(pairs, rows, columns),
         stride,
         KIND=kind,
-        OWN=pairs.own,
+        EXCLUDE_SELF=pairs.exclude_self,
         COLUMNS=len(up.col) > 0,
-        SELF=len(up.g_positive_col) > 0,
+        SYMMETRIC=len(up.g_positive_col) > 0,
         EVEN_D=q.shape[1] % config["BLOCK_D"] == 0,
-        PRECISION=dot_precision(q),
+        PRECISION=dot_precision(),
         **config,
     )
     return h[:, : len(b)]
