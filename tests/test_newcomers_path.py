@@ -9,7 +9,7 @@ PATH = (
     "fastssl/recipes.py",
     "fastssl/train.py",
     "fastssl/objectives/barlow_twins.py",
-    "kernels/fastssl_kernels/_triton/barlow_twins.py",
+    "kernels/fastssl_kernels/barlow_twins.py",
 )
 LINES = 900
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,12 +15,15 @@ import torch
 from torch import Tensor
 
 from fastssl.data.splits import ArraySplit, FileSplit, open_split
-from fastssl.distributed import SINGLE_PROCESS
+from fastssl.distributed import SINGLE_PROCESS, Ranks
 from fastssl.evaluation.features import extract, raw_pixels
 from fastssl.objectives import configured
 from fastssl.pretrain import pretrain
 from fastssl.recipes import recipe_config
 from fastssl.runtime.metrics_log import read_metrics
+from fastssl.step import equal_rows
+from fastssl_pipelines import Batch
+from fastssl_pipelines.engines.streaming import StreamingPipeline
 from tests.helpers.gloo import on_ranks
 from tests.helpers.requires import needs
 
@@ -124,8 +128,6 @@ def test_streamed_features_are_those_of_held_images(jpegs: list[Path], tmp_path:
 def features_of_ranks(rank: int, world: int, data: str) -> tuple[Tensor, Tensor]:
     import torch.distributed as dist
 
-    from fastssl.distributed import Ranks
-
     ranks = SINGLE_PROCESS if world == 1 else Ranks(rank, world, dist.group.WORLD, dist.group.WORLD)
     config = recipe_config("barlow-cpu", **QUICK, data=data)
     numbers, rows = extract(open_split(config, "train"), {"raw": raw_pixels}, ranks=ranks)
@@ -139,6 +141,54 @@ def test_ranks_share_the_extraction(jpegs: list[Path], tmp_path: Path) -> None:
     (first, first_rows), *others = on_ranks(2, features_of_ranks, data)
     assert torch.equal(first, numbers) and torch.equal(first_rows, rows) and len(rows) == 720
     assert all(len(n) == 0 and len(r) == 0 for n, r in others)
+
+
+class Streamed(StreamingPipeline):
+    """Stands for any engine that decodes as it goes."""
+
+    def __init__(self) -> None:
+        pass
+
+    def _decoded(self, *arguments: Any) -> Any:
+        raise NotImplementedError
+
+
+def rows_of_ranks(rank: int, world: int) -> list[int]:
+    """The images that a rank trains on, where its batch has 5 - rank rows."""
+    import torch.distributed as dist
+
+    ranks = Ranks(rank, world, dist.group.WORLD, dist.group.WORLD)
+    index = torch.arange(5 - rank) + 10 * rank
+    batch = Batch([index.float().view(-1, 1, 1, 1)] * 2, index)
+    cut = equal_rows(batch, Streamed(), ranks)
+    assert all(torch.equal(view.flatten(), cut.index.float()) for view in cut.views)
+    return cut.index.tolist()
+
+
+def test_ranks_train_on_equal_rows() -> None:
+    """A rank whose image cannot be read has a shorter batch; most losses gather equal ones."""
+    assert on_ranks(3, rows_of_ranks) == [[0, 1, 2], [10, 11, 12], [20, 21, 22]]
+    whole = Batch([torch.zeros(5, 3, 2, 2)], torch.arange(5))
+    assert equal_rows(whole, Streamed(), SINGLE_PROCESS) is whole
+
+
+def train_two_ranks(rank: int, world: int, data: str, folder: str) -> dict[str, Any]:
+    small = {**QUICK, "global_batch": 64, "data": data, "engine": "dali", "corrupt_quota": 0.2}
+    small.pop("batch_size")
+    return pretrain(recipe_config("barlow-cpu", **small), Path(folder), lambda line: None)
+
+
+@pytest.mark.slow
+@needs("nvidia.dali")
+def test_two_ranks_stream_with_unreadable_images(jpegs: list[Path], tmp_path: Path) -> None:
+    folder = copies(jpegs, 200, tmp_path / "x")
+    some = sorted(folder.rglob("*.jpg"))[::50]
+    for path in some:
+        path.unlink()
+        path.write_bytes(b"\xff\xd8\xff not a picture")
+    summary, nothing = on_ranks(2, train_two_ranks, str(folder), str(tmp_path / "run"))
+    assert nothing == {} and summary["ranks"] == 2 and summary["steps"] == 2
+    assert set(summary["unreadable"]) == {str(path) for path in some}
 
 
 @needs("nvidia.dali", "ffcv")
