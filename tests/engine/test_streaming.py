@@ -71,7 +71,8 @@ def peak_mib(data: Path, run: Path, engine: str) -> float:
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in QUICK.items()]
     command = [sys.executable, "-c", PEAK, "train", "barlow-cpu", f"--engine={engine}", *flags]
     command += [f"--data={data}", f"--run={run}"]
-    env = {**os.environ, "PYTHONPATH": ":".join(sys.path)}
+    # One arena: with several, what malloc keeps differs by some percent from run to run.
+    env = {**os.environ, "PYTHONPATH": ":".join(sys.path), "MALLOC_ARENA_MAX": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     return int(done.stdout.rpartition("peak_kib ")[2]) / 1024
