@@ -11,17 +11,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.report import markdown, read_results
+from bench.report import Row, markdown, mean_std, read_results
 
-Row = dict[str, Any]
 GOAL = 0.8  # of arXiv:2312.10725 on CIFAR-10, with a ResNet-18
 PROBES = ("knn_all", "linear_all", "knn_10", "linear_10")
-
-
-def mean_std(values: list[float], digits: int = 3) -> str:
-    """Mean and standard deviation over seeds."""
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
 def by_case(rows: list[Row]) -> dict[str, list[Row]]:

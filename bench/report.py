@@ -120,13 +120,14 @@ def accuracy_table(rows: list[Row]) -> str:
     for case in dict.fromkeys(row["case"] for row in runs):
         seeds = [row for row in runs if row["case"] == case]
         for feature in ("raw pixels", "untrained", "pretrained"):
-            cells = [_mean_and_deviation([s[f"{feature}_{p}"] for s in seeds], 3) for p in PROBES]
-            seconds = _mean_and_deviation([s["train_s"] for s in seeds], 1)
+            cells = [mean_std([s[f"{feature}_{p}"] for s in seeds]) for p in PROBES]
+            seconds = mean_std([s["train_s"] for s in seeds], 1)
             lines.append([case, str(len(seeds)), seconds, feature, *cells])
     return markdown(head, lines)
 
 
-def _mean_and_deviation(values: list[float], digits: int) -> str:
+def mean_std(values: list[float], digits: int = 3) -> str:
+    """Mean and standard deviation over seeds."""
     mean = f"{statistics.mean(values):.{digits}f}"
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
