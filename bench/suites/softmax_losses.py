@@ -150,9 +150,11 @@ def _softmax(device: str, n: int, dim: int, classes: int) -> Case:
     )
 
 
-def _gradients(loss: Loss, x: Tensor, w: Tensor, y: Tensor) -> list[Tensor]:
-    value = loss(x, w, y)
-    return [value.detach(), *torch.autograd.grad(value, (x, w))]
+def _gradients(loss: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
+    """The loss, and the gradients of the inputs that require them."""
+    value = loss(*inputs)
+    leaves = [x for x in inputs if x.requires_grad]
+    return [value.detach(), *torch.autograd.grad(value, leaves)]
 
 
 def smoothed(plain: Loss, x: Tensor, w: Tensor, y: Tensor) -> Tensor:
@@ -229,7 +231,7 @@ def _pairs(
         b = a + torch.randn(n, dim, device=device, generator=generator)
         dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
         leaves = (a.to(dtype).requires_grad_(), b.to(dtype).requires_grad_())
-        return {key: partial(_pair_gradients, loss, *leaves) for key, loss in losses.items()}
+        return {key: partial(_gradients, loss, *leaves) for key, loss in losses.items()}
 
     return Case(
         name=f"{name} N={n} D={dim}",
@@ -238,11 +240,6 @@ def _pairs(
         check=check,
         floor_ms=2e3 * products * n * n * dim / 790e12 if device.startswith("cuda") else None,
     )
-
-
-def _pair_gradients(loss: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> list[Tensor]:
-    value = loss(a, b)
-    return [value.detach(), *torch.autograd.grad(value, (a, b))]
 
 
 def check(variants: dict[str, Call]) -> None:
