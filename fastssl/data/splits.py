@@ -40,29 +40,31 @@ class Split(ABC):
     skipped: the unreadable images by name, with the reason; of files, those met so far.
     """
 
-    def __init__(self, config: Config, part: Part):
-        self._config, self._part = config, part
+    def __init__(self, config: Config, part: Part, excluded: Mapping[str, str] | None):
+        self._config, self._part, self._excluded = config, part, excluded or {}
 
     @property
-    @abstractmethod
-    def skipped(self) -> Mapping[str, str]: ...
+    def skipped(self) -> Mapping[str, str]:
+        return self._excluded
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @property
-    @abstractmethod
     def total(self) -> int:
         """The number of images, all of `skipped` included."""
+        return len(self) + len(self._excluded)
 
     @abstractmethod
     def batches(self, chunks: Sequence[Tensor]) -> Iterator[tuple[Tensor, Images]]:
         """(numbers (N,), images (N, S, S, 3)) of the readable images of each chunk of numbers."""
 
-    @abstractmethod
     def labels(self) -> Tensor | None:
         """The label of every image (M,) int64, None where the data has none. For evaluation and
         oracles only."""
+        config = self._config
+        found = load_labels(config.data, self._part, config.holdout, skipped=self._excluded)
+        return None if found is None else torch.from_numpy(found[: len(self)])
 
     def chunks(self, size: int, chosen: Tensor | None = None) -> tuple[Tensor, ...]:
         """The numbers of all images, or the chosen ones, `size` at a time."""
@@ -75,28 +77,15 @@ class ArraySplit(Split):
     def __init__(
         self, config: Config, part: Part, pixels: Images, skipped: Mapping[str, str] | None = None
     ):
-        super().__init__(config, part)
-        self.pixels, self._skipped = pixels, skipped or {}
-
-    @property
-    def skipped(self) -> Mapping[str, str]:
-        return self._skipped
+        super().__init__(config, part, skipped)
+        self.pixels = pixels
 
     def __len__(self) -> int:
         return len(self.pixels)
 
-    @property
-    def total(self) -> int:
-        return len(self.pixels) + len(self._skipped)
-
     def batches(self, chunks: Sequence[Tensor]) -> Iterator[tuple[Tensor, Images]]:
         for numbers in chunks:
             yield numbers, self.pixels[numbers.numpy()]
-
-    def labels(self) -> Tensor | None:
-        config = self._config
-        found = load_labels(config.data, self._part, config.holdout, skipped=self._skipped)
-        return None if found is None else torch.from_numpy(found[: len(self)])
 
 
 class FileSplit(Split):
@@ -108,8 +97,8 @@ class FileSplit(Split):
     def __init__(
         self, config: Config, part: Part, files: Encoded, excluded: Mapping[str, str] | None = None
     ):
-        super().__init__(config, part)
-        self.files, self._excluded = files, excluded or {}
+        super().__init__(config, part, excluded)
+        self.files = files
         self._met = UnreadableImages(len(files), config.on_corrupt, config.corrupt_quota)
 
     @property
@@ -118,10 +107,6 @@ class FileSplit(Split):
 
     def __len__(self) -> int:
         return len(self.files)
-
-    @property
-    def total(self) -> int:
-        return len(self.files) + len(self._excluded)
 
     def batches(self, chunks: Sequence[Tensor]) -> Iterator[tuple[Tensor, Images]]:
         threads = os.cpu_count() or 1
@@ -134,11 +119,6 @@ class FileSplit(Split):
             decoded = prefetch(numbers, start, lambda future: future.result(), 4 * threads)
             for chunk in chunks:
                 yield self._readable(chunk, decoded)
-
-    def labels(self) -> Tensor | None:
-        config = self._config
-        found = load_labels(config.data, self._part, config.holdout, skipped=self._excluded)
-        return None if found is None else torch.from_numpy(found[: len(self)])
 
     def _decode(self, number: int) -> Decoded:
         try:
