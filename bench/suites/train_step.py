@@ -100,7 +100,8 @@ def build(config: Config, images: int, official: bool = False) -> tuple[Model, S
 def resident(config: Config, images: np.ndarray) -> Pipeline:
     """The views of `config`, of images held in memory."""
     return open_pipeline(
-        *("resident", images),
+        "resident",
+        images,
         views=build_views(config),
         batch_size=config.batch_size,
         seed=config.seed,
