@@ -36,13 +36,14 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--help"]) == 0
     assert "fastssl train RECIPE" in capsys.readouterr().out
     assert run([]) == 2
+    assert capsys.readouterr().out.startswith("usage: ")
     with pytest.raises(SystemExit) as stop:
         run(["train", "digits-diet", "--help"])
     assert stop.value.code == 0
     out = capsys.readouterr().out
     flags = set(re.findall(r"--[a-z][a-z-]*", out)) - {"--help"}
-    own = knob_names(Config) | knob_names(METHODS["diet"].Knobs)
-    assert {name for name in flags if not name.startswith("--no-")} == set(map(flag, own))
+    knobs = knob_names(Config) | knob_names(METHODS["diet"].Knobs)
+    assert {name for name in flags if not name.startswith("--no-")} == set(map(flag, knobs))
     assert "default: digits)" in out.replace("'", "")
 
 
