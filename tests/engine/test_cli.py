@@ -56,7 +56,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "digits-diet", "--epoch", "3"], "unknown knob --epoch; did you mean --epochs?"),
         (
             ["train", "digits-diet", "--zzz", "3"],
-            "unknown knob --zzz; `--help` lists the knobs",
+            "unknown knob --zzz; `fastssl train RECIPE --help` lists the knobs",
         ),
         (["train", "digits-diet", "--epochs", "three"], "Error parsing --epochs: invalid literal"),
         (
@@ -88,7 +88,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["rank"], "required: run; see `fastssl rank --help`"),
         (["rank", "/nowhere"], "/nowhere is not a run folder"),
         (["rank", "/nowhere", "--views", "1"], "--views 1: each must be at least 2"),
-        (["select", "/nowhere"], "give two folders or more"),
+        (["select", "/nowhere"], "pass two folders or more"),
     ],
 )
 def test_mistakes(
@@ -211,22 +211,22 @@ def test_runs_are_ranked_and_selected(capsys: pytest.CaptureFixture[str], tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("command", "then"),
+    ("command", "hint"),
     [("train", "; the same command resumes the run"), ("eval", ""), ("rank", "")],
 )
-def test_an_interruption_promises_only_what_is_so(
-    command: str, then: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_an_interruption_names_what_resumes(
+    command: str, hint: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stopped(arguments: list[str]) -> None:
         signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setitem(COMMANDS, command, stopped)
     assert run([command]) == 143
-    assert capsys.readouterr().err == f"fastssl: stopped by SIGTERM{then}\n"
+    assert capsys.readouterr().err == f"fastssl: stopped by SIGTERM{hint}\n"
 
 
 @pytest.mark.filterwarnings("default")
-def test_our_warnings_are_one_line(
+def test_fastssl_warnings_are_one_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(COMMANDS, "rank", lambda arguments: print(rankme(torch.eye(3, 5))))
@@ -236,7 +236,7 @@ def test_our_warnings_are_one_line(
 
 
 def test_a_folder_of_jpegs_as_a_process(data: Path, tmp_path: Path) -> None:
-    """A user's own images, the installed entry point, a process of its own: Imagenette's JPEGs."""
+    """A folder of Imagenette's JPEGs, through the installed entry point in a separate process."""
     with tarfile.open(data / "imagenette-224-1000.tar") as tar:
         some = [m for m in tar.getmembers() if m.isfile()][::10]
         tar.extractall(tmp_path / "images", members=some, filter="data")
@@ -264,7 +264,7 @@ def test_a_folder_of_jpegs_as_a_process(data: Path, tmp_path: Path) -> None:
     assert (tmp_path / "run/curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_views_are_drawn(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_views_are_plotted(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     out = tmp_path / "sheet.png"
     assert run(["views", "digits-diet", "--views", "3", "--out", str(out)]) == 0
     assert "4 images and their views" in " ".join(capsys.readouterr().out.split())
