@@ -147,9 +147,9 @@ def test_backbone_file(tmp_path: Path) -> None:
     assert load_backbone(path, other) == "loaded 36 of 36 tensors"
     for name, tensor in net.state_dict().items():
         assert torch.equal(tensor, other.state_dict()[name]), name
-    with pytest.raises(ValueError, match=r"6 of its 36 tensors fit, .* 0\.0\.weight"):
+    with pytest.raises(ValueError, match=r"6 of 36 tensors match, .* 0\.0\.weight"):
         load_backbone(path, build_backbone("fastnet-8"))
     wider = build_backbone("fastnet-8")
     assert load_backbone(path, wider, partial=True) == "loaded 6 of 36 tensors"
-    with pytest.raises(ValueError, match="0 of its 2 tensors fit"):
+    with pytest.raises(ValueError, match="0 of 2 tensors match"):
         load_backbone(path, nn.Linear(2, 2), partial=True)
