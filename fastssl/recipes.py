@@ -1,6 +1,6 @@
-"""The recipes: named Configs, each with a card of what it was measured to do.
+"""The recipes: named Configs, each with a card of its measured results.
 
-Each is run by `fastssl train NAME`. A recipe of a new method: its settings, its knobs, its card.
+`fastssl train NAME` runs one. A new method's recipe: its settings, its knobs, its card.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from fastssl.config import Config, knob_names
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """What a recipe was measured to do: the mean of `n` seeds, without `train_s` nothing yet."""
+    """Measured results of a recipe: means over `n` seeds; not measured yet without `train_s`."""
 
     hardware: str
     train_s: int | None = None
@@ -22,7 +22,7 @@ class Card:
     n: int = 0
     date: str = ""
     command: str = ""
-    """What measured it."""
+    """The command that measured it."""
     results: str = ""
     """The file with its rows, in bench/results/."""
 
@@ -37,7 +37,7 @@ class Card:
 class Recipe:
     """The settings of a run, the knobs of its method by name, and its card.
 
-    `knobs` may name some that only other methods have, for `--method`.
+    `knobs` may include those of other methods, for `--method`.
     """
 
     settings: Config
@@ -46,15 +46,15 @@ class Recipe:
 
     def config(self, method: str | None = None) -> Config:
         """The complete Config; with `method`, that of another method with the same settings."""
-        from fastssl.objectives import configured, method_class  # which import torch
+        from fastssl.objectives import configured, method_class  # imports torch
 
         settings = replace(self.settings, method=method or self.settings.method)
         known = knob_names(method_class(settings.method).Knobs)
         return configured(settings, **{k: v for k, v in self.knobs.items() if k in known})
 
 
-def _measured(train_s: int, **accuracy: tuple[float, float]) -> Card:
-    """Of the digits, on 2 CPU cores."""
+def _digits_card(train_s: int, **accuracy: tuple[float, float]) -> Card:
+    """Results on the digits, on 2 CPU cores."""
     return Card(
         hardware="2 CPU cores",
         train_s=train_s,
@@ -66,8 +66,8 @@ def _measured(train_s: int, **accuracy: tuple[float, float]) -> Card:
     )
 
 
-def _small(train_s: int, **accuracy: tuple[float, float]) -> Card:
-    """Of 5,000 images of CIFAR-10, on one CPU core."""
+def _small_card(train_s: int, **accuracy: tuple[float, float]) -> Card:
+    """Results on 5,000 images of CIFAR-10, on one CPU core."""
     return Card(
         hardware="a CPU core",
         train_s=train_s,
@@ -116,8 +116,8 @@ _MANY_VIEWS = replace(
     precision="bfloat16",
 )
 
-# One net and one set of 5,000 images for every method, about a minute of training on one core that
-# multiplies bfloat16 (AVX512-BF16, AMX); elsewhere --precision float32 is quicker.
+# One network and one set of 5,000 images for every method, about a minute of training on one core
+# with bfloat16 instructions (AVX512-BF16, AMX); elsewhere --precision float32 is faster.
 _CIFAR_SMALL = Config(
     data="cifar10",
     train_images=5000,
@@ -175,12 +175,12 @@ RECIPES: dict[str, Recipe] = {
     "digits-diet": Recipe(
         replace(_DIGITS, method="diet", views=2),
         _SMALL_PROJECTOR,
-        _measured(37, linear_10=(0.970, 0.002), knn_10=(0.963, 0.002)),
+        _digits_card(37, linear_10=(0.970, 0.002), knn_10=(0.963, 0.002)),
     ),
     "digits-barlow": Recipe(
         replace(_DIGITS, method="barlow"),
         _SMALL_PROJECTOR | {"lambd": 0.02},
-        _measured(33, linear_10=(0.964, 0.001), knn_10=(0.878, 0.005)),
+        _digits_card(33, linear_10=(0.964, 0.001), knn_10=(0.878, 0.005)),
     ),
     "cifar10-diet": Recipe(
         replace(
@@ -210,72 +210,72 @@ RECIPES: dict[str, Recipe] = {
     "cifar-small-barlow": Recipe(
         replace(_CIFAR_SMALL, method="barlow"),
         _SMALL_PROJECTOR,
-        _small(38, knn_all=(0.392, 0.013), linear_all=(0.463, 0.010)),
+        _small_card(38, knn_all=(0.392, 0.013), linear_all=(0.463, 0.010)),
     ),
     "cifar-small-barlow-4-views": Recipe(
         replace(_CIFAR_SMALL, method="barlow", views=4, epochs=6),
         _SMALL_PROJECTOR,
-        _small(40, knn_all=(0.384, 0.004), linear_all=(0.456, 0.012)),
+        _small_card(40, knn_all=(0.384, 0.004), linear_all=(0.456, 0.012)),
     ),
     "cifar-small-vicreg": Recipe(
         replace(_CIFAR_SMALL, method="vicreg"),
         _SMALL_PROJECTOR,
-        _small(38, knn_all=(0.389, 0.005), linear_all=(0.463, 0.010)),
+        _small_card(38, knn_all=(0.389, 0.005), linear_all=(0.463, 0.010)),
     ),
     "cifar-small-vicreg_exp": Recipe(
         replace(_CIFAR_SMALL, method="vicreg_exp"),
         _SMALL_PROJECTOR | {"cov_coeff": 10.0},
-        _small(40, knn_all=(0.386, 0.004), linear_all=(0.459, 0.005)),
+        _small_card(40, knn_all=(0.386, 0.004), linear_all=(0.459, 0.005)),
     ),
     "cifar-small-vicreg_ctr": Recipe(
         replace(_CIFAR_SMALL, method="vicreg_ctr"),
         _SMALL_PROJECTOR | {"cov_coeff": 10.0},
-        _small(43, knn_all=(0.393, 0.003), linear_all=(0.471, 0.002)),
+        _small_card(43, knn_all=(0.393, 0.003), linear_all=(0.471, 0.002)),
     ),
     "cifar-small-simclr": Recipe(
         replace(_CIFAR_SMALL, method="simclr"),
         _SMALL_PROJECTOR,
-        _small(47, knn_all=(0.445, 0.003), linear_all=(0.480, 0.003)),
+        _small_card(47, knn_all=(0.445, 0.003), linear_all=(0.480, 0.003)),
     ),
     "cifar-small-simclr_abs": Recipe(
         replace(_CIFAR_SMALL, method="simclr_abs"),
         _SMALL_PROJECTOR,
-        _small(42, knn_all=(0.439, 0.005), linear_all=(0.481, 0.009)),
+        _small_card(42, knn_all=(0.439, 0.005), linear_all=(0.481, 0.009)),
     ),
     "cifar-small-simclr_sq": Recipe(
         replace(_CIFAR_SMALL, method="simclr_sq"),
         _SMALL_PROJECTOR,
-        _small(46, knn_all=(0.448, 0.007), linear_all=(0.482, 0.006)),
+        _small_card(46, knn_all=(0.448, 0.007), linear_all=(0.482, 0.006)),
     ),
     "cifar-small-spectral": Recipe(
         replace(_CIFAR_SMALL, method="spectral"),
         _SMALL_PROJECTOR,
-        _small(41, knn_all=(0.414, 0.004), linear_all=(0.459, 0.005)),
+        _small_card(41, knn_all=(0.414, 0.004), linear_all=(0.459, 0.005)),
     ),
     "cifar-small-emp_ssl": Recipe(
         _emp_ssl(_CIFAR_SMALL),
         _projector(512, 3),
-        _small(35, knn_all=(0.404, 0.010), linear_all=(0.422, 0.012)),
+        _small_card(35, knn_all=(0.404, 0.010), linear_all=(0.422, 0.012)),
     ),
     "cifar-small-diet": Recipe(
         replace(_CIFAR_SMALL, method="diet", epochs=24, lr=2e-3),
         _SMALL_PROJECTOR,
-        _small(94, knn_all=(0.369, 0.007), linear_all=(0.429, 0.007)),
+        _small_card(94, knn_all=(0.369, 0.007), linear_all=(0.429, 0.007)),
     ),
     "cifar-small-sdiet": Recipe(
         replace(_CIFAR_SMALL, method="sdiet", epochs=24, lr=2e-3),
         _SMALL_PROJECTOR,
-        _small(85, knn_all=(0.399, 0.008), linear_all=(0.454, 0.003)),
+        _small_card(85, knn_all=(0.399, 0.008), linear_all=(0.454, 0.003)),
     ),
     "cifar-small-pal": Recipe(
         replace(_CIFAR_SMALL, method="simclr"),
         _SMALL_PROJECTOR | {"oracle": "labels", "oracle_share": 0.1},
-        _small(38, knn_all=(0.448, 0.003), linear_all=(0.486, 0.003)),
+        _small_card(38, knn_all=(0.448, 0.003), linear_all=(0.486, 0.003)),
     ),
     "cifar-small-pal-queries": Recipe(
         replace(_CIFAR_SMALL, method="simclr"),
         _SMALL_PROJECTOR | {"oracle": "queries", "oracle_queries": 2000},
-        _small(41, knn_all=(0.447, 0.001), linear_all=(0.484, 0.003)),
+        _small_card(41, knn_all=(0.447, 0.001), linear_all=(0.484, 0.003)),
     ),
     "barlow-cpu": Recipe(
         replace(_CPU_PHOTOS, method="barlow"), _PHOTOS_PROJECTOR | {"lambd": 0.01}, _CPU_FOLDER

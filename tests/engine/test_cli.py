@@ -129,8 +129,8 @@ def test_a_run_is_evaluated_again_and_never_overwritten(
     assert run(["eval", str(folder)]) == 0
     assert capsys.readouterr().out.split("accuracy on held-out images")[1] == table
     before = (folder / "summary.json").read_bytes()
-    assert "holds this run, finished" in one_line(capsys, command)
-    assert "holds another run (--seed 0 there, 3 here)" in one_line(
+    assert "contains this run, finished" in one_line(capsys, command)
+    assert "contains another run (--seed 0 there, 3 here)" in one_line(
         capsys, [*command, "--seed", "3"]
     )
     assert (folder / "summary.json").read_bytes() == before

@@ -1,4 +1,4 @@
-"""How far a run has come: steps, seconds under a budget, ramps."""
+"""Schedules by steps and by seconds under a budget, and ramps."""
 
 import pytest
 
