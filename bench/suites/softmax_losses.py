@@ -2,7 +2,7 @@
 
     python -m bench.suites.softmax_losses RESULTS/losses.jsonl PNG
 
-draws time and memory against K from the results of `python -m bench --only losses`.
+plots time and memory against K from the results of `python -m bench --only losses`.
 
 Inputs: normal features, class vectors of scale 0.05, uniform targets, label smoothing 0.8. A call
 is forward and backward and, where the name says AdamW, the update of the class weight.
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench.measure import Call, Case
-from bench.report import Row, draw, plot_sweep
+from bench.report import Row, plot_command, plot_sweep
 from fastssl_kernels import (
     DIETHead,
     NTXentLoss,
@@ -34,7 +34,7 @@ SWEEP_N, SWEEP_D, SWEEP_K = 256, 512, (12_500, 25_000, 50_000, 100_000, 200_000)
 
 
 def cases(device: str) -> Iterator[Case]:
-    """The sizes that goals are set for, then DIET's step against K for the plot."""
+    """The target sizes, then DIET's step against K for the plot."""
     if device.startswith("cuda"):
         yield _diet(device, 1024, 512, 50_000)
         yield _diet(device, 2048, 512, 1_281_167)
@@ -92,7 +92,7 @@ def _diet(device: str, n: int, dim: int, classes: int, sweep: bool = False) -> C
 
 
 class _Step:
-    """Forward, backward and fused AdamW on its own weight; -> loss, gradient of the features."""
+    """Forward, backward and fused AdamW on a copy of w; -> loss, gradient of the features."""
 
     def __init__(self, loss: Loss, x: Tensor, w: Tensor, y: Tensor) -> None:
         self.loss, self.x, self.y = loss, x, y
@@ -169,11 +169,11 @@ def _torch_chunked() -> Loss | None:
     if options is None:
         return None
     call = partial(F.linear_cross_entropy, options=options())
-    return partial(smoothed, call)  # with label smoothing of its own it would take the plain path
+    return partial(smoothed, call)  # its label smoothing would disable the chunking
 
 
 def _gpu_peers() -> dict[str, Loss]:
-    """cut-cross-entropy and Liger where they are installed; exact gradients asked for."""
+    """cut-cross-entropy and Liger where they are installed, with exact gradients."""
     peers: dict[str, Loss] = {}
     try:
         from cut_cross_entropy import linear_cross_entropy as cce
@@ -243,7 +243,7 @@ def _pairs(
 
 
 def check(variants: dict[str, Call]) -> None:
-    """Two calls of each: what they return agrees with the reference, after an update too."""
+    """Two calls of each variant agree with the reference, the second after an update."""
     for _ in range(2):
         expected = next(iter(variants.values()))()
         for name, call in variants.items():
@@ -268,4 +268,4 @@ def plot(rows: list[Row], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    draw(plot, "bench.suites.softmax_losses", __doc__)
+    plot_command(plot, "bench.suites.softmax_losses", __doc__)

@@ -1,8 +1,8 @@
 """Whole training steps, views included: ours beside torchvision's transforms and eager PyTorch.
 
-Torchvision renders a batch on the device with one draw for all of its images, the quickest way it
-has; the net, its precision, the optimizer and the projector are the same for all, the loss is the
-official formula or ours. A call is a few steps on random bytes.
+Torchvision renders a batch on the device with one set of parameters for all of its images, its
+fastest mode; the net, its precision, the optimizer and the projector are the same for all, the loss
+is the official formula or ours. A call is a few steps on random bytes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -81,7 +81,7 @@ def _variants(config: Config, height: int, width: int) -> dict[str, Call]:
 
 
 def build(config: Config, images: int, official: bool = False) -> tuple[Model, Step]:
-    """What `config` trains on so many images, and its step; `official`: with the official loss."""
+    """The model of `config` for `images` images, and its step; with the official loss or ours."""
     device = torch.device(config.device)
     backbone = seeded_backbone(config, device)
     width = feature_width(backbone)
@@ -135,6 +135,6 @@ def _by_us(config: Config, images: np.ndarray) -> Call:
 
 
 def _check(variants: dict[str, Call]) -> None:
-    """Every way of training has a finite loss; that the losses agree is the losses' suite's."""
+    """Every variant has a finite loss; the losses suite checks that the losses agree."""
     losses = {name: call() for name, call in variants.items()}
     assert all(np.isfinite(loss) for loss in losses.values()), losses
