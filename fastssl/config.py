@@ -26,7 +26,7 @@ class Config:
     """What decodes and renders the views: 'resident' holds the images in memory at load_size;
     'dali' and 'ffcv' stream a folder's or shards' JPEGs; 'auto' chooses and logs why."""
     render: Literal["fastssl", "dali"] = "fastssl"
-    """Engine dali: what renders the views; DALI's operators approximate, and warn how."""
+    """Engine dali: what renders the views; DALI's operators approximate, and log how."""
     scaled: bool = True
     """Engines dali (on a CPU) and ffcv: decode JPEGs at 1/2, 1/4 or 1/8 where that suffices.
     """

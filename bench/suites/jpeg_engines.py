@@ -30,7 +30,7 @@ from fastssl_pipelines.sources.image_files import decode
 
 BATCH = 32
 SYNTHETIC = (375, 500)  # height, width: the median of ImageNet
-_CROP = View(size=224)  # crop and flip alone: all that FFCV's own decoder offers, and a flip
+_CROP = View(size=224)  # only crop and flip: all that FFCV's decoder offers, and a flip
 
 
 def cases(device: str) -> Iterator[Case]:
@@ -234,7 +234,7 @@ def _step_case(device: str) -> Case:
         like = {"dtype": torch.bfloat16, "channels_last": True}
         views = [replace(view, **like) for view in policies.simclr()]
         pipeline = _open("dali", views, device)
-        held = [list(batch.views) for batch in pipeline.epoch(0)]
+        in_memory = [list(batch.views) for batch in pipeline.epoch(0)]
 
         def train(batches: Any) -> None:
             for shown in batches:
@@ -244,7 +244,7 @@ def _step_case(device: str) -> Case:
             torch.cuda.synchronize()
 
         return {
-            "views in memory": lambda: train(held),
+            "views in memory": lambda: train(in_memory),
             "fastssl dali": lambda: train(list(b.views) for b in pipeline.epoch(0)),
         }
 

@@ -1,4 +1,4 @@
-"""DIET's head and the contrastive losses: eager, torch.compile, torch's own op, peers, and ours.
+"""DIET's head and the contrastive losses: eager, torch.compile, torch's op, peers, and ours.
 
     python -m bench.suites.softmax_losses RESULTS/losses.jsonl PNG
 
@@ -125,7 +125,7 @@ class _FusedStep:
 
 
 def _softmax(device: str, n: int, dim: int, classes: int) -> Case:
-    """Forward and backward alone, x and w in the product's dtype, as peers take them."""
+    """Only forward and backward, x and w in the product's dtype, as peers take them."""
 
     def build() -> dict[str, Call]:
         x, w, y = _inputs(device, n, dim, classes)
@@ -248,9 +248,9 @@ def check(variants: dict[str, Call]) -> None:
         expected = next(iter(variants.values()))()
         for name, call in variants.items():
             found = call() if name != next(iter(variants)) else expected
-            for one, wanted in zip(found, expected, strict=True):
-                tolerance = 3e-2 if wanted.is_cuda else 1e-3  # of eager in its own precision
-                error = float((one.float() - wanted.float()).norm() / wanted.float().norm())
+            for one, reference in zip(found, expected, strict=True):
+                tolerance = 3e-2 if reference.is_cuda else 1e-3  # of eager in this precision
+                error = float((one.float() - reference.float()).norm() / reference.float().norm())
                 assert error <= tolerance, f"{name} is {error:.1e} from eager"
 
 

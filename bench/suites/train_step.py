@@ -53,7 +53,7 @@ class OfficialBarlow(ProjectedObjective):
 
 
 def cases(device: str) -> Iterator[Case]:
-    """Every case this device can run; compiled steps on a GPU alone, where a minute buys enough."""
+    """Every case this device can run; compiled steps only on a GPU, where a minute is enough."""
     cuda = torch.device(device).type == "cuda"
     for name, (config, height, width) in (GPU_SETTINGS if cuda else CPU_SETTINGS).items():
         yield Case(

@@ -1,7 +1,7 @@
 """Label-free quality of features and embeddings, from their spectrum: RankMe, effective rank,
 alpha-ReQ, LiDAR.
 
-Each compares runs of ONE method on one data set. None says anything between methods, and a high
+Each compares runs of ONE method on one data set. None compares methods, and a high
 rank is necessary for good features, not sufficient (arXiv:2210.02885). On VICReg after 100 epochs
 RankMe's rank correlation with the probe was 0.32, LiDAR's 0.92 (arXiv:2312.04000).
 

@@ -3,7 +3,7 @@ Memory-Efficient Parametric Instance Discrimination", TMLR 2025).
 
     L = cross-entropy(z W_B^T, row of the image),   W_B the rows of the batch's N images
 
-Rows outside the batch get no gradient, so their AdamW steps depend on their moments alone: they are
+Rows outside the batch get no gradient, so their AdamW steps depend only on their moments: they are
 applied in one go when the row is next read. The authors published no code; this follows their
 abstract: batch cross-entropy, multi-step AdamW, normalised features, a projector while training.
 
