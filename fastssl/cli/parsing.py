@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import difflib
 import io
+import re
 import sys
 from dataclasses import fields
 from itertools import dropwhile, takewhile
@@ -53,7 +54,9 @@ def parse_config(recipe: str, flags: list[str]) -> Config:
     except SystemExit as stop:
         if not stop.code:
             raise
-        reason = _first_paragraph(errors.getvalue()).removeprefix("Error parsing Config: ")
+        reason = re.sub(
+            "^Error parsing (Config|objective): ", "", _first_paragraph(errors.getvalue())
+        )
         raise UsageError(f"{reason}; see `fastssl train {recipe} --help`") from None
     return complete(config)
 

@@ -65,6 +65,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         ),
         (["train", "digits-diet", "--epochs"], "Missing value for argument '--epochs'"),
         (["train", "digits-diet", "--batch-size", "0"], "--batch-size is 0: it must be at least 1"),
+        (["train", "barlow", "--lambd", "-1"], "fastssl: --lambd is -1.0: it must be 0 or more"),
         (
             ["train", "digits-diet", "--batch-size", "5000"],
             "larger than the data set of 1438 images",
