@@ -116,7 +116,9 @@ def init_distributed(device: str) -> Iterator[Ranks]:
 
 def _ranks() -> Ranks:
     group = dist.group.WORLD
-    host = group if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+    host = (
+        group if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=TIMEOUT)
+    )
     return Ranks(dist.get_rank(), dist.get_world_size(), group, host)
 
 

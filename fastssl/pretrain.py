@@ -41,12 +41,14 @@ def pretrain(config: Config, folder: Path, log: Callable[[str], None]) -> dict[s
             run = _train(config, folder, log, ranks, until_evaluated)
             begin = time.perf_counter()
             features = run_features(config, folder, run.data.train, run.data.test, ranks)
+            # Each rank has met the unreadable images of its own batches.
             skipped = dict(ChainMap(*ranks.gather_to_main(dict(run.data.skipped))))
+            skipped_test = dict(ChainMap(*ranks.gather_to_main(dict(run.data.test.skipped))))
         # The probes are fitted outside the process group: they take minutes, in which a rank that
         # waited in a collective would time out.
         if not ranks.is_main:
             return {}
-        return _summary(config, folder, log, run, features, skipped, begin)
+        return _summary(config, folder, log, run, features, (skipped, skipped_test), begin)
 
 
 @dataclass(frozen=True)
@@ -129,15 +131,17 @@ def _summary(
     log: Callable[[str], None],
     run: _Run,
     features: RunFeatures,
-    skipped: Mapping[str, str],
+    skipped: tuple[Mapping[str, str], Mapping[str, str]],
     begin: float,
 ) -> dict[str, Any]:
     """Score the features of a trained run; write and return its summary.
 
-    skipped: the unreadable images, by name, with the reason. begin: when the evaluation began.
+    skipped: the unreadable images of the training and the test part, by name, with the reason.
+    begin: when the evaluation began.
     """
-    if skipped:
-        log(f"skipped {len(skipped)} unreadable images; summary.json lists them")
+    unreadable = {**skipped[0], **skipped[1]}
+    if unreadable:
+        log(f"skipped {len(unreadable)} unreadable images; summary.json lists them")
     table, rank = score(config, features)
     device = run.device
     summary = {
@@ -148,8 +152,8 @@ def _summary(
         "evaluate_s": round(time.perf_counter() - begin, 2),
         "steps": run.trained.steps,
         "views_per_s": round(run.trained.views_per_s * run.world, 1),
-        "images": run.data.train.total - len(skipped),
-        "unreadable": dict(skipped),
+        "images": run.data.train.total - len(skipped[0]),
+        "unreadable": unreadable,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "ranks": run.world,
         "versions": {name: _version(name) for name in ("fastssl-torch", "torch", "triton", "timm")},

@@ -53,32 +53,6 @@ class Recipe:
         return configured(settings, **{k: v for k, v in self.knobs.items() if k in known})
 
 
-def _digits_card(train_s: int, **accuracy: tuple[float, float]) -> Card:
-    """Results on the digits, on 2 CPU cores."""
-    return Card(
-        hardware="2 CPU cores",
-        train_s=train_s,
-        accuracy=accuracy,
-        n=3,
-        date="2026-11-22",
-        command="python -m bench --only accuracy --match digits",
-        results="cpu-2-cores/accuracy.jsonl",
-    )
-
-
-def _small_card(train_s: int, **accuracy: tuple[float, float]) -> Card:
-    """Results on 5,000 images of CIFAR-10, on one CPU core."""
-    return Card(
-        hardware="a CPU core",
-        train_s=train_s,
-        accuracy=accuracy,
-        n=3,
-        date="2026-11-22",
-        command="python -m bench --only accuracy --match methods",
-        results="cpu-2-cores/accuracy-methods.jsonl",
-    )
-
-
 _GPU_CIFAR10 = Card(hardware="a GPU, CIFAR-10")
 _GPU_FOLDER = Card(hardware="a GPU, a folder of images")
 _CPU_FOLDER = Card(hardware="a CPU, a folder of images")
@@ -163,8 +137,46 @@ def _emp_ssl(config: Config) -> Config:
     )
 
 
+def _cifar_small(method: str, **settings: Any) -> Config:
+    return replace(_CIFAR_SMALL, method=method, **settings)
+
+
 def _projector(width: int, layers: int, **others: Any) -> dict[str, Any]:
     return {"projector_width": width, "projector_layers": layers, **others}
+
+
+def _digits(method: str, knobs: dict[str, Any], **measured: Any) -> Recipe:
+    """One of the digits recipes, measured on 2 CPU cores; linear_10 is of 10 labels per class."""
+    card = Card(
+        hardware="2 CPU cores",
+        train_s=measured.pop("train_s"),
+        accuracy=measured,
+        n=3,
+        date="2026-11-22",
+        command="python -m bench --only accuracy --match digits",
+        results="cpu-2-cores/accuracy.jsonl",
+    )
+    return Recipe(replace(_DIGITS, method=method), _SMALL_PROJECTOR | knobs, card)
+
+
+def _small(
+    train_s: int,
+    knn: tuple[float, float],
+    linear: tuple[float, float],
+    settings: Config,
+    **knobs: Any,
+) -> Recipe:
+    """One of the cifar-small recipes, measured on one core with all labels."""
+    card = Card(
+        hardware="a CPU core",
+        train_s=train_s,
+        accuracy={"knn_all": knn, "linear_all": linear},
+        n=3,
+        date="2026-11-22",
+        command="python -m bench --only accuracy --match methods",
+        results="cpu-2-cores/accuracy-methods.jsonl",
+    )
+    return Recipe(settings, _SMALL_PROJECTOR | knobs, card)
 
 
 _SMALL_PROJECTOR = _projector(256, 2)
@@ -172,15 +184,9 @@ _CIFAR10_PROJECTOR = _projector(2048, 3)
 _PHOTOS_PROJECTOR = _projector(512, 2)
 
 RECIPES: dict[str, Recipe] = {
-    "digits-diet": Recipe(
-        replace(_DIGITS, method="diet", views=2),
-        _SMALL_PROJECTOR,
-        _digits_card(37, linear_10=(0.970, 0.002), knn_10=(0.963, 0.002)),
-    ),
-    "digits-barlow": Recipe(
-        replace(_DIGITS, method="barlow"),
-        _SMALL_PROJECTOR | {"lambd": 0.02},
-        _digits_card(33, linear_10=(0.964, 0.001), knn_10=(0.878, 0.005)),
+    "digits-diet": _digits("diet", {}, train_s=37, linear_10=(0.970, 0.002), knn_10=(0.963, 0.002)),
+    "digits-barlow": _digits(
+        "barlow", {"lambd": 0.02}, train_s=33, linear_10=(0.964, 0.001), knn_10=(0.878, 0.005)
     ),
     "cifar10-diet": Recipe(
         replace(
@@ -207,75 +213,47 @@ RECIPES: dict[str, Recipe] = {
     "cifar10-barlow-4-views": Recipe(replace(_MANY_VIEWS, views=4), _SMALL_PROJECTOR, _GPU_CIFAR10),
     "cifar10-barlow-8-views": Recipe(replace(_MANY_VIEWS, views=8), _SMALL_PROJECTOR, _GPU_CIFAR10),
     "cifar10-emp_ssl": Recipe(_emp_ssl(_CIFAR10), _projector(4096, 3), _GPU_CIFAR10),
-    "cifar-small-barlow": Recipe(
-        replace(_CIFAR_SMALL, method="barlow"),
-        _SMALL_PROJECTOR,
-        _small_card(38, knn_all=(0.392, 0.013), linear_all=(0.463, 0.010)),
+    "cifar-small-barlow": _small(38, (0.392, 0.013), (0.463, 0.010), _CIFAR_SMALL),
+    "cifar-small-barlow-4-views": _small(
+        40, (0.384, 0.004), (0.456, 0.012), replace(_CIFAR_SMALL, views=4, epochs=6)
     ),
-    "cifar-small-barlow-4-views": Recipe(
-        replace(_CIFAR_SMALL, method="barlow", views=4, epochs=6),
-        _SMALL_PROJECTOR,
-        _small_card(40, knn_all=(0.384, 0.004), linear_all=(0.456, 0.012)),
+    "cifar-small-vicreg": _small(38, (0.389, 0.005), (0.463, 0.010), _cifar_small("vicreg")),
+    "cifar-small-vicreg_exp": _small(
+        40, (0.386, 0.004), (0.459, 0.005), _cifar_small("vicreg_exp"), cov_coeff=10.0
     ),
-    "cifar-small-vicreg": Recipe(
-        replace(_CIFAR_SMALL, method="vicreg"),
-        _SMALL_PROJECTOR,
-        _small_card(38, knn_all=(0.389, 0.005), linear_all=(0.463, 0.010)),
+    "cifar-small-vicreg_ctr": _small(
+        43, (0.393, 0.003), (0.471, 0.002), _cifar_small("vicreg_ctr"), cov_coeff=10.0
     ),
-    "cifar-small-vicreg_exp": Recipe(
-        replace(_CIFAR_SMALL, method="vicreg_exp"),
-        _SMALL_PROJECTOR | {"cov_coeff": 10.0},
-        _small_card(40, knn_all=(0.386, 0.004), linear_all=(0.459, 0.005)),
+    "cifar-small-simclr": _small(47, (0.445, 0.003), (0.480, 0.003), _cifar_small("simclr")),
+    "cifar-small-simclr_abs": _small(
+        42, (0.439, 0.005), (0.481, 0.009), _cifar_small("simclr_abs")
     ),
-    "cifar-small-vicreg_ctr": Recipe(
-        replace(_CIFAR_SMALL, method="vicreg_ctr"),
-        _SMALL_PROJECTOR | {"cov_coeff": 10.0},
-        _small_card(43, knn_all=(0.393, 0.003), linear_all=(0.471, 0.002)),
+    "cifar-small-simclr_sq": _small(46, (0.448, 0.007), (0.482, 0.006), _cifar_small("simclr_sq")),
+    "cifar-small-spectral": _small(41, (0.414, 0.004), (0.459, 0.005), _cifar_small("spectral")),
+    "cifar-small-emp_ssl": _small(
+        35, (0.404, 0.010), (0.422, 0.012), _emp_ssl(_CIFAR_SMALL), **_projector(512, 3)
     ),
-    "cifar-small-simclr": Recipe(
-        replace(_CIFAR_SMALL, method="simclr"),
-        _SMALL_PROJECTOR,
-        _small_card(47, knn_all=(0.445, 0.003), linear_all=(0.480, 0.003)),
+    "cifar-small-diet": _small(
+        94, (0.369, 0.007), (0.429, 0.007), _cifar_small("diet", epochs=24, lr=2e-3)
     ),
-    "cifar-small-simclr_abs": Recipe(
-        replace(_CIFAR_SMALL, method="simclr_abs"),
-        _SMALL_PROJECTOR,
-        _small_card(42, knn_all=(0.439, 0.005), linear_all=(0.481, 0.009)),
+    "cifar-small-sdiet": _small(
+        85, (0.399, 0.008), (0.454, 0.003), _cifar_small("sdiet", epochs=24, lr=2e-3)
     ),
-    "cifar-small-simclr_sq": Recipe(
-        replace(_CIFAR_SMALL, method="simclr_sq"),
-        _SMALL_PROJECTOR,
-        _small_card(46, knn_all=(0.448, 0.007), linear_all=(0.482, 0.006)),
+    "cifar-small-pal": _small(
+        38,
+        (0.448, 0.003),
+        (0.486, 0.003),
+        _cifar_small("simclr"),
+        oracle="labels",
+        oracle_share=0.1,
     ),
-    "cifar-small-spectral": Recipe(
-        replace(_CIFAR_SMALL, method="spectral"),
-        _SMALL_PROJECTOR,
-        _small_card(41, knn_all=(0.414, 0.004), linear_all=(0.459, 0.005)),
-    ),
-    "cifar-small-emp_ssl": Recipe(
-        _emp_ssl(_CIFAR_SMALL),
-        _projector(512, 3),
-        _small_card(35, knn_all=(0.404, 0.010), linear_all=(0.422, 0.012)),
-    ),
-    "cifar-small-diet": Recipe(
-        replace(_CIFAR_SMALL, method="diet", epochs=24, lr=2e-3),
-        _SMALL_PROJECTOR,
-        _small_card(94, knn_all=(0.369, 0.007), linear_all=(0.429, 0.007)),
-    ),
-    "cifar-small-sdiet": Recipe(
-        replace(_CIFAR_SMALL, method="sdiet", epochs=24, lr=2e-3),
-        _SMALL_PROJECTOR,
-        _small_card(85, knn_all=(0.399, 0.008), linear_all=(0.454, 0.003)),
-    ),
-    "cifar-small-pal": Recipe(
-        replace(_CIFAR_SMALL, method="simclr"),
-        _SMALL_PROJECTOR | {"oracle": "labels", "oracle_share": 0.1},
-        _small_card(38, knn_all=(0.448, 0.003), linear_all=(0.486, 0.003)),
-    ),
-    "cifar-small-pal-queries": Recipe(
-        replace(_CIFAR_SMALL, method="simclr"),
-        _SMALL_PROJECTOR | {"oracle": "queries", "oracle_queries": 2000},
-        _small_card(41, knn_all=(0.447, 0.001), linear_all=(0.484, 0.003)),
+    "cifar-small-pal-queries": _small(
+        41,
+        (0.447, 0.001),
+        (0.484, 0.003),
+        _cifar_small("simclr"),
+        oracle="queries",
+        oracle_queries=2000,
     ),
     "barlow-cpu": Recipe(
         replace(_CPU_PHOTOS, method="barlow"), _PHOTOS_PROJECTOR | {"lambd": 0.01}, _CPU_FOLDER

@@ -1,5 +1,5 @@
-"""Which way the arrows point, and that importing does nothing: the rules of the layout, read from
-the sources."""
+"""The rules of the layout, read from the sources: who may import whom, and that importing does
+nothing."""
 
 import ast
 import subprocess
@@ -36,12 +36,24 @@ ALLOWED = {
         *("safetensors", "sklearn", "tyro", "rich", "matplotlib", "PIL"),
     },
 }
-OWN_FILE = {
+# The floors of fastssl: a file or folder imports from the floors above it in this list alone.
+FLOORS = (
+    {"config"},
+    {"backbones", "device", "distributed", "optim", "schedule"},
+    {"objectives"},
+    {"data", "recipes", "runtime", "step"},
+    {"evaluation"},
+    {"train"},
+    {"dry_run", "pretrain"},
+    {"cli"},
+    {"__main__"},
+)
+ONLY_IN = {
     "nvidia": {"engines/dali.py", "engines/dali_operators.py"},
     "ffcv": {"sources/beton.py", "sources/convert.py"},
     "numba": {f"cpu/{name}.py" for name in ("kernels", "numba_ops", "intrinsics")},
     "llvmlite": {"cpu/intrinsics.py"},
-}  # outside the bench's path
+}  # of the packages, not of the bench
 TRITON_FOLDERS = ("kernels/fastssl_kernels/_triton", "pipelines/fastssl_pipelines/augment/cuda")
 SOURCES = [(folder, path) for folder in ALLOWED for path in sorted((ROOT / folder).rglob("*.py"))]
 
@@ -65,10 +77,53 @@ def imported(path: Path, *, top_level_only: bool = False) -> set[str]:
 def test_arrows(folder: str, path: Path) -> None:
     strangers = imported(path) - STANDARD - ALLOWED[folder]
     assert not strangers, f"{path.relative_to(ROOT)} imports {strangers}"
-    for library, files in OWN_FILE.items():
+    for library, files in ONLY_IN.items():
         assert library not in imported(path) or "/".join(path.parts[-2:]) in files, (
             f"{library} belongs in {files} alone"
         )
+
+
+def floor_imports(path: Path, root: Path) -> set[tuple[str, str]]:
+    """(importer, imported) of the files and folders of fastssl that a source file imports."""
+    importer = path.relative_to(root).parts[0].removesuffix(".py")
+    names: list[str] = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            of_root = node.module == root.name
+            names += [f"{node.module}.{a.name}" for a in node.names] if of_root else [node.module]
+    found = {name.split(".")[1] for name in names if name.startswith(f"{root.name}.")}
+    return {(importer, name) for name in found - {importer}}
+
+
+def upward(edges: set[tuple[str, str]]) -> set[tuple[str, str]]:
+    """The imports that do not go down the floors."""
+    floor = {name: k for k, names in enumerate(FLOORS) for name in names}
+    return {(a, b) for a, b in edges if floor[b] >= floor[a]}
+
+
+def test_imports_of_fastssl_go_down_the_floors() -> None:
+    root = ROOT / "fastssl"
+    present = {path.name.removesuffix(".py") for path in root.iterdir() if path.name[0] not in "_."}
+    assert present - {"py.typed"} | {"__main__"} == set().union(*FLOORS)
+    edges = set().union(*(floor_imports(path, root) for path in root.rglob("*.py")))
+    assert not upward(edges) and len(edges) > 30
+
+
+def test_the_floors_see_an_import_that_goes_up(tmp_path: Path) -> None:
+    root = tmp_path / "fastssl"
+    (root / "data").mkdir(parents=True)
+    (root / "data" / "bad.py").write_text(
+        "from fastssl import config\ndef f():\n    from fastssl.train import train\n"
+    )
+    edges = floor_imports(root / "data" / "bad.py", root)
+    assert edges == {("data", "config"), ("data", "train")}
+    assert upward(edges) == {("data", "train")}
+
+
+def test_few_files_lie_beside_the_folders() -> None:
+    assert len(list((ROOT / "fastssl").glob("*.py"))) <= 14
 
 
 def test_triton_is_imported_in_its_folders_alone() -> None:

@@ -5,8 +5,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Column
-from rich.table import Table as RichTable
 
 from fastssl.cli.parsing import UsageError, parse_config, recipe_first
 from fastssl.config import flag
@@ -17,14 +15,15 @@ SHEET_ROWS, SHEET_VIEWS = 4, 8  # of a contact sheet
 
 def recipes(arguments: list[str]) -> None:
     """`fastssl recipes`: each with its settings and its card."""
-    table = RichTable(
-        Column("recipe", no_wrap=True), "method", "data", "backbone", "views", "epochs", "measured"
-    )
+    console = Console()
     for name, recipe in RECIPES.items():
         c = recipe.settings
-        data, counts = c.data or "--data PATH", (str(c.views), str(c.epochs))
-        table.add_row(name, c.method, data, c.backbone, *counts, str(recipe.card))
-    Console().print(table)
+        views = "1 view" if c.views == 1 else f"{c.views} views"
+        epochs = "1 epoch" if c.epochs == 1 else f"{c.epochs} epochs"
+        data = c.data or "--data PATH"
+        console.print(f"[bold]{name}[/bold]", highlight=False)
+        line = f"  {c.method}, {data}, {c.backbone}, {views}, {epochs}\n  {recipe.card}"
+        console.print(escape(line), highlight=False)
 
 
 def methods(arguments: list[str]) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastssl.backbones import load_backbone, seeded_backbone
 from fastssl.config import Config
-from fastssl.data.splits import Split, open_split
+from fastssl.data.splits import ArraySplit, Split, open_split
 from fastssl.device import choose_device
 from fastssl.distributed import SINGLE_PROCESS, Ranks
 from fastssl.evaluation.features import Function, centre_features, extract, raw_pixels
@@ -36,6 +36,8 @@ from fastssl.evaluation.probes import (
 from fastssl.evaluation.spectrum import RANKME_SAMPLES, rankme
 from fastssl.evaluation.trained_run import Network, TrainedRun, load_trained_run
 from fastssl.runtime.run_dir import read_config
+
+RAW_PIXELS_STREAMED = 2048  # images, of both parts
 
 Table = dict[str, dict[str, Accuracy]]
 """Kind of features ("raw pixels" | "untrained" | "pretrained") -> probe and labels -> accuracy."""
@@ -101,8 +103,8 @@ def run_features(
 ) -> RunFeatures:
     """What a run is evaluated on, extracted over all ranks; complete on rank 0 alone.
 
-    Raw pixels and the untrained backbone stand beside the pretrained one where there are labels to
-    compare them by.
+    With labels the untrained backbone and raw pixels are evaluated too; raw pixels of streamed
+    images only where they are few, since their features are larger than the images.
     """
     device = choose_device(config.device)
     pretrained = seeded_backbone(config, device)
@@ -111,11 +113,10 @@ def run_features(
     labels = train.labels(), test.labels()
     if labels[0] is not None and labels[1] is not None:
         untrained = seeded_backbone(config, device)
-        functions = {
-            "raw pixels": raw_pixels,
-            "untrained": partial(centre_features, config, untrained),
-            **functions,
-        }
+        functions = {"untrained": partial(centre_features, config, untrained), **functions}
+        held = config.engine == "resident" or isinstance(train, ArraySplit)
+        if held or len(train) + len(test) <= RAW_PIXELS_STREAMED:
+            functions = {"raw pixels": raw_pixels, **functions}
     train_numbers, train_rows = extract(train, functions, ranks=ranks)
     test_numbers, test_rows = extract(test, functions, ranks=ranks)
     by_kind = {name: (train_rows[name], test_rows[name]) for name in train_rows}

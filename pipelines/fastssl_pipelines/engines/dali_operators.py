@@ -45,7 +45,7 @@ def require_supported(views: Sequence[View], quality: Quality) -> None:
     """ValueError naming the first setting that DALI's operators do not support."""
     if quality != "exact":
         raise ValueError(
-            f"quality is {quality!r}: render='dali' has other colour operators;"
+            f"quality is {quality!r}: render='dali' has colour operators of its own;"
             " choose quality='exact' or render='fastssl'"
         )
     for view in views:
