@@ -2,9 +2,9 @@
 [--budget-s S].
 
 Each suite writes DIR/SUITE.jsonl: the environment first, then one row per case and variant as soon
-as it is measured, the most telling cases first. A case is checked before it is timed; one that
-fails its check or does not fit in memory becomes a row that says so. The command ends by itself
-inside the budget.
+as it is measured, the most informative cases first. A case is checked before it is timed; one that
+fails its check or does not fit in memory gives a row with the reason. The command ends within the
+budget.
 """
 
 import argparse
@@ -29,7 +29,7 @@ Row = dict[str, Any]
 
 
 class BudgetSpent(BaseException):
-    """The time is over; what has been measured is on disk."""
+    """The time is over; all measured rows are on disk."""
 
 
 def main() -> int:
@@ -72,19 +72,18 @@ def _seconds_since_start() -> float:
 
 
 def _stop_at(budget_s: float) -> None:
-    """Interrupt at 97 % of the budget; if the interpreter does not come back from a call, leave at
-    100 %."""
+    """Interrupt at 97 % of the budget; exit at 100 % where a call has not returned."""
 
     def interrupt(signal_number: int, frame: FrameType | None) -> None:
         raise BudgetSpent
 
-    def leave() -> None:
+    def exit_now() -> None:
         print("a call did not return inside the budget", file=sys.stderr, flush=True)
         os._exit(0)
 
     signal.signal(signal.SIGALRM, interrupt)
     signal.setitimer(signal.ITIMER_REAL, 0.97 * budget_s)
-    timer = threading.Timer(budget_s, leave)
+    timer = threading.Timer(budget_s, exit_now)
     timer.daemon = True
     timer.start()
 
@@ -142,9 +141,10 @@ def timed_rows(cases: list[Case], device: str, end: float) -> Iterator[Row]:
         try:
             variants = case.build()
             case.check(variants)
-            how = {"settle_s": case.settle_s, "graph": case.graph}
-            timings = measure(variants, device, seconds=seconds, **how)
-        except Exception as error:  # a compiler, a driver or a peer raises what it likes
+            timings = measure(
+                variants, device, seconds=seconds, settle_s=case.settle_s, graph=case.graph
+            )
+        except Exception as error:  # a compiler, a driver or a peer may raise anything
             yield {
                 **head,
                 "failed": f"{type(error).__name__}: {str(error).split(chr(10))[0]}",
@@ -186,4 +186,4 @@ def _write(file: TextIO, row: Row) -> None:
 if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
-    os._exit(code)  # taking torch down takes seconds that a budget does not have
+    os._exit(code)  # torch's teardown takes seconds that the budget lacks

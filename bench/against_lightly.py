@@ -4,9 +4,9 @@
 
 Barlow Twins on CIFAR-10 (FASTSSL_CIFAR10), one net, one optimizer and schedule, one probe, one
 machine. The first variant has lightly's transform and loss and a DataLoader with 2 workers; each
-further one changes one thing. All go through the same loop, whose own cost
-`bench.suites.loop_overhead` measures.
-The target is what lightly's run has after 3/4 of its epochs. Probes are not counted (README.md).
+further one changes one thing. All use the same loop, whose overhead `bench.suites.loop_overhead`
+measures. The target is the accuracy of lightly's run after 3/4 of its epochs. The time of probes is
+not counted (README.md).
 """
 
 import argparse
@@ -64,7 +64,7 @@ class LightlyViews(Dataset):  # type: ignore[type-arg]
 
 
 class LightlyPipeline:
-    """A DataLoader over `LightlyViews`, in the shape of a `Pipeline`."""
+    """A DataLoader over `LightlyViews` with the interface of a `Pipeline`."""
 
     def __init__(self, images: Images, views: tuple[View, ...], config: Config):
         self.views = views
@@ -137,10 +137,10 @@ def run(name: str, config: Config, images: int, theirs: tuple[bool, bool]) -> di
     """Train one variant; its probes, one per epoch."""
     config = configured(config, data=os.environ["FASTSSL_CIFAR10"], train_images=images)
     splits = []
-    for part, most in (("train", images), ("test", 2000)):
+    for part, limit in (("train", images), ("test", 2000)):
         split = open_split(config, part, hold=True)  # type: ignore[arg-type]
         assert isinstance(split, ArraySplit)
-        splits.append(ArraySplit(config, part, split.pixels[:most]))  # type: ignore[arg-type]
+        splits.append(ArraySplit(config, part, split.pixels[:limit]))  # type: ignore[arg-type]
     train_images = splits[0].pixels
     views = build_views(config)
     backbone = seeded_backbone(config, CPU)

@@ -1,7 +1,7 @@
 """Tables and figures of the accuracy experiments: python -m bench.experiments FOLDER.
 
-Reads accuracy-*.jsonl and lightly.jsonl of a results folder, prints the tables of the README, and
-draws accuracy-against-time.png, error-against-time.png and diet-loss.png beside them.
+Reads accuracy-*.jsonl and lightly.jsonl of a results folder, prints their tables, and plots
+accuracy-against-time.png, error-against-time.png and diet-loss.png beside them.
 """
 
 import argparse
@@ -11,17 +11,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.report import markdown, read_results
+from bench.report import Row, markdown, mean_std, read_results
 
-Row = dict[str, Any]
 GOAL = 0.8  # of arXiv:2312.10725 on CIFAR-10, with a ResNet-18
 PROBES = ("knn_all", "linear_all", "knn_10", "linear_10")
-
-
-def mean_std(values: list[float], digits: int = 3) -> str:
-    """Mean and standard deviation over seeds."""
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
 def by_case(rows: list[Row]) -> dict[str, list[Row]]:
@@ -77,8 +70,8 @@ def gain_table(rows: list[Row]) -> str:
 
 
 def time_to_table(rows: list[Row]) -> str:
-    """Seconds to a kNN accuracy of 80 %, or, where no run reaches it, to what the first case has at
-    its end, mean over its seeds."""
+    """Seconds to a kNN accuracy of 80 %, or, where no run reaches it, to the final accuracy of the
+    first case, mean over its seeds."""
     cases = by_case(rows)
     target = statistics.mean(run["probes"][-1]["knn"] for run in next(iter(cases.values())))
     if any(time_to(run["probes"], GOAL) for runs in cases.values() for run in runs):
@@ -111,14 +104,14 @@ def by_method(rows: list[Row]) -> dict[str, list[Row]]:
     return found
 
 
-def draw_accuracy_against_time(rows: list[Row], path: Path) -> None:
+def plot_accuracy_against_time(rows: list[Row], path: Path) -> None:
     """A line per run: kNN accuracy of the online probe against seconds of training; a panel per
     method."""
     methods = by_method(rows)
 
-    def draw(panels: Sequence[Any]) -> None:
-        for axes, (method, theirs) in zip(panels, methods.items(), strict=True):
-            for number, (case, runs) in enumerate(by_case(theirs).items()):
+    def plot(panels: Sequence[Any]) -> None:
+        for axes, (method, method_rows) in zip(panels, methods.items(), strict=True):
+            for number, (case, runs) in enumerate(by_case(method_rows).items()):
                 for run in runs:
                     x, y = zip(*((p["train_s"], p["knn"]) for p in run["probes"]), strict=True)
                     label = case.removeprefix(f"{method}, ") if run is runs[0] else None
@@ -128,11 +121,11 @@ def draw_accuracy_against_time(rows: list[Row], path: Path) -> None:
             _log_seconds(axes)
             axes.legend()
 
-    _figure(draw, path, panels=len(methods))
+    _figure(plot, path, panels=len(methods))
 
 
-def front(points: dict[str, tuple[float, float]]) -> list[str]:
-    """The names of those that no other beats both in seconds and in error, quickest first."""
+def pareto_front(points: dict[str, tuple[float, float]]) -> list[str]:
+    """The names of the points that none beats in both seconds and error, fastest first."""
     best, names = float("inf"), []
     for name, (_, error) in sorted(points.items(), key=lambda item: item[1]):
         if error < best:
@@ -141,7 +134,7 @@ def front(points: dict[str, tuple[float, float]]) -> list[str]:
     return names
 
 
-def draw_error_against_time(rows: list[Row], path: Path) -> None:
+def plot_error_against_time(rows: list[Row], path: Path) -> None:
     """A point per case: the linear probe's error with all labels against seconds of training, mean
     over seeds, and the Pareto front of them."""
     points = {
@@ -151,9 +144,9 @@ def draw_error_against_time(rows: list[Row], path: Path) -> None:
         )
         for case, runs in by_case(rows).items()
     }
-    names = front(points)
+    names = pareto_front(points)
 
-    def draw(panels: Sequence[Any]) -> None:
+    def plot(panels: Sequence[Any]) -> None:
         (axes,) = panels
         axes.scatter(*zip(*points.values(), strict=True), s=18, color="C0", alpha=0.6)
         axes.plot(*zip(*(points[name] for name in names), strict=True), "o-", color="C1")
@@ -163,7 +156,7 @@ def draw_error_against_time(rows: list[Row], path: Path) -> None:
         axes.set(xlabel="seconds of training", ylabel="error of the linear probe")
         _log_seconds(axes)
 
-    _figure(draw, path)
+    _figure(plot, path)
 
 
 def _log_seconds(axes: Any) -> None:
@@ -174,10 +167,10 @@ def _log_seconds(axes: Any) -> None:
     axes.minorticks_off()
 
 
-def draw_loss_against_probe(rows: list[Row], path: Path) -> None:
+def plot_loss_against_probe(rows: list[Row], path: Path) -> None:
     """A point per probe: the training loss at that step against its kNN accuracy."""
 
-    def draw(panels: Sequence[Any]) -> None:
+    def plot(panels: Sequence[Any]) -> None:
         (axes,) = panels
         for number, row in enumerate(rows):
             points = [(p["loss"], p["knn"]) for p in row["probes"] if p["loss"] is not None]
@@ -187,7 +180,7 @@ def draw_loss_against_probe(rows: list[Row], path: Path) -> None:
         axes.invert_xaxis()
         axes.legend()
 
-    _figure(draw, path)
+    _figure(plot, path)
 
 
 def rank_correlation(rows: list[Row]) -> float:
@@ -200,12 +193,12 @@ def rank_correlation(rows: list[Row]) -> float:
 def _ranks(values: list[float]) -> list[float]:
     order = sorted(range(len(values)), key=values.__getitem__)
     ranks = [0.0] * len(values)
-    for rank, at in enumerate(order):
-        ranks[at] = float(rank)
+    for rank, position in enumerate(order):
+        ranks[position] = float(rank)
     return ranks
 
 
-def _figure(draw: Callable[[Sequence[Any]], None], path: Path, panels: int = 1) -> None:
+def _figure(plot: Callable[[Sequence[Any]], None], path: Path, panels: int = 1) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -214,7 +207,7 @@ def _figure(draw: Callable[[Sequence[Any]], None], path: Path, panels: int = 1) 
     figure, axes = pyplot.subplots(
         1, panels, figsize=(3.5 + 3.5 * panels, 4.2), sharey=True, squeeze=False
     )
-    draw(axes[0])
+    plot(axes[0])
     for axis in axes[0]:
         axis.grid(alpha=0.3)
     figure.tight_layout()
@@ -225,16 +218,16 @@ def _figure(draw: Callable[[Sequence[Any]], None], path: Path, panels: int = 1) 
 def tables(folder: Path) -> dict[str, str]:
     """The README's tables of a results folder, by the name of the file they come from."""
     found = {path.stem: read_results(path)[1] for path in folder.glob("*.jsonl")}
-    made = {}
+    result = {}
     for name in ("accuracy-methods", "accuracy-emp_ssl", "accuracy-engines"):
         if rows := found.get(name):
-            made[name] = methods_table(rows)
+            result[name] = methods_table(rows)
     for name in ("accuracy-views", "accuracy-data"):
         for method, rows in by_method(found.get(name, [])).items():
-            made[f"{name}, {method}"] = time_to_table(rows)
+            result[f"{name}, {method}"] = time_to_table(rows)
     if rows := found.get("lightly"):
-        made["lightly"] = gain_table(rows)
-    return made
+        result["lightly"] = gain_table(rows)
+    return result
 
 
 def main() -> int:
@@ -245,13 +238,13 @@ def main() -> int:
         print(f"## {name}\n\n{table}\n")
     found = {path.stem: read_results(path)[1] for path in folder.glob("accuracy-*.jsonl")}
     if rows := found.get("accuracy-views"):
-        draw_accuracy_against_time(rows, folder / "accuracy-against-time.png")
+        plot_accuracy_against_time(rows, folder / "accuracy-against-time.png")
     one_net = ("accuracy-methods", "accuracy-views", "accuracy-data", "accuracy-emp_ssl")
     if rows := [row for name in one_net for row in found.get(name, [])]:
-        draw_error_against_time(rows, folder / "error-against-time.png")
+        plot_error_against_time(rows, folder / "error-against-time.png")
     if rows := found.get("accuracy-diet"):
         print(f"rank correlation of DIET's loss and kNN: {rank_correlation(rows):.2f}")
-        draw_loss_against_probe(rows, folder / "diet-loss.png")
+        plot_loss_against_probe(rows, folder / "diet-loss.png")
     return 0
 
 

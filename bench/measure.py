@@ -1,12 +1,12 @@
-"""Time and weigh callables: interleaved variants, medians, interquartile ranges, peak memory.
+"""Time and peak memory of callables: interleaved variants, medians, interquartile ranges.
 
     rows = measure({"eager": f, "fused": g}, device="cuda")
     rows["fused"].ms, rows["fused"].peak_mib
 
 On a GPU a time comes from CUDA events around one call (`ms`, the eager loop a trainer sees) and,
 where the call can be captured, around one replay of its CUDA graph (`graph_ms`, kernels alone). On
-a CPU it comes from `perf_counter`. Variants take turns inside one run, so a drift of the machine
-meets all of them.
+a CPU it comes from `perf_counter`. Variants are interleaved within a run, so a drift of the machine
+affects all of them.
 """
 
 import os
@@ -45,11 +45,10 @@ class Case:
     parameters: Mapping[str, Any]
     build: Callable[[], dict[str, Call]]
     check: Callable[[dict[str, Call]], None]
-    work: Mapping[str, float] = field(
-        default_factory=dict
-    )  # unit -> amount in one call ("views": 2048)
+    # unit -> amount in one call ("views": 2048)
+    work: Mapping[str, float] = field(default_factory=dict)
     floor_ms: float | None = None  # the roofline's, where one is known for this device
-    settle_s: float = 0.0  # pause before each call, in which threads of the one before come to rest
+    settle_s: float = 0.0  # pause before each call, until threads of the previous one are idle
     graph: bool = True  # whether a CUDA graph can capture the calls: they read nothing back
 
 
@@ -70,10 +69,9 @@ def measure(
     settle_s: float = 0.0,
     graph: bool = True,
 ) -> dict[str, Timing]:
-    """Time every variant in turns for about `seconds`, but at least `min_runs` each; then weigh
-    each once. `settle_s` is the pause before each call; `graph` asks for replays on a GPU too.
-
-    Slow variants get at least 3 runs: `min_runs` yields when one round alone takes seconds / 3.
+    """Time the variants, interleaved, for about `seconds` and at least `min_runs` runs each; then
+    measure the memory of each once. `settle_s` is the pause before each call; `graph` adds replays
+    on a GPU. After 3 * `seconds`, 3 runs suffice.
     """
     cuda = torch.device(device).type == "cuda"
     timer = _cuda_ms if cuda else _cpu_ms
@@ -91,8 +89,8 @@ def measure(
         spent = time.perf_counter() - start
         if (spent >= seconds and rounds >= min_runs) or (spent >= 3 * seconds and rounds >= 3):
             break
-    weigh = _cuda_peak_mib if cuda else _cpu_peak_mib
-    peaks = {name: weigh(call) for name, call in variants.items()}
+    peak_mib = _cuda_peak_mib if cuda else _cpu_peak_mib
+    peaks = {name: peak_mib(call) for name, call in variants.items()}
     graphs = _graph_samples(variants, min_runs) if cuda and graph else {}
     result = {}
     for name in variants:
@@ -140,7 +138,7 @@ def _graph_samples(variants: Mapping[str, Call], runs: int) -> dict[str, list[fl
                 call()
             graphs[name] = graph
         except Exception:  # a sync or an upload that a capture forbids: no graph row for it
-            torch.cuda.set_stream(stream)  # a capture that fails leaves its own
+            torch.cuda.set_stream(stream)  # a failed capture leaves its stream current
             torch.cuda.synchronize()
     samples: dict[str, list[float]] = {name: [] for name in graphs}
     for _ in range(3 + runs):
@@ -177,7 +175,7 @@ def _cpu_peak_mib(call: Call) -> float:
 
 
 def environment() -> dict[str, Any]:
-    """What a number needs beside it: device, power limit, versions, threads."""
+    """The environment of a measurement: device, power limit, versions, threads."""
     stamp: dict[str, Any] = {
         "python": platform.python_version(),
         "torch": torch.__version__,

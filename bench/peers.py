@@ -1,9 +1,7 @@
-"""The named peers of the pipelines, each rendering one `View` policy as its own users would write
-it.
+"""Peer libraries of the pipelines, each rendering a `View` policy in its idiomatic way.
 
 Every function returns a call that passes once over `images` (M, H, W, 3) uint8 in batches and
-yields nothing: whole loaders, worker processes started beforehand and kept. ImportError where not
-installed.
+discards them: whole loaders, with persistent workers. ImportError where not installed.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +33,7 @@ class _Views(Dataset[list[Tensor]]):
 
 
 def _one_thread(_: int) -> None:
-    """In each worker process: threads of its own would only get in the others' way."""
+    """Limit a worker process to one thread, so that workers do not compete for cores."""
     torch.set_num_threads(1)
     try:
         import cv2
@@ -219,7 +217,7 @@ def dali(images: np.ndarray, views: Sequence[View], batch_size: int, device: str
             torch.from_dlpack(output.as_tensor())
         built.release_outputs()
 
-    def one_pass() -> None:  # all that it renders is rendered before it ends
+    def one_pass() -> None:  # all views are rendered before it returns
         batches = range(len(images) // batch_size)
         for _ in prefetch(batches, lambda _: built.schedule_run(), collect, 2):
             pass

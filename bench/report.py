@@ -1,4 +1,4 @@
-"""Results into Markdown tables and a plot: python -m bench.report FOLDER... [--plot PNG]."""
+"""Markdown tables and a plot of results: python -m bench.report FOLDER... [--plot PNG]."""
 
 import argparse
 import json
@@ -30,7 +30,7 @@ def environment_line(stamp: Row) -> str:
 
 
 def timing_table(rows: list[Row]) -> str:
-    """Time, spread, ratio and memory by case and variant; on a CPU only ratios mean much."""
+    """Time, spread, ratio and memory by case and variant; on a CPU only ratios are meaningful."""
     graphs = any(row.get("graph_ms") for row in rows)
     head = [
         "case",
@@ -53,12 +53,14 @@ def timing_table(rows: list[Row]) -> str:
         times = f"{row['ms']:.4g} ({low:.4g} to {high:.4g}, n {row['n']})"
         ratio, peak = f"{row['times_reference']:.2f}", f"{row['peak_mib']:.1f}"
         lines.append([row["case"], row["variant"], times, graph, floor, ratio, peak])
-    keep = [k for k, name in enumerate(head) if graphs or name not in ("CUDA graph ms", "of floor")]
-    return markdown([head[k] for k in keep], [[line[k] for k in keep] for line in lines])
+    columns = [
+        k for k, name in enumerate(head) if graphs or name not in ("CUDA graph ms", "of floor")
+    ]
+    return markdown([head[k] for k in columns], [[line[k] for k in columns] for line in lines])
 
 
 def views_table(rows: list[Row]) -> str:
-    """Of the loaders of images in memory: how many times as long as fastssl each takes."""
+    """Time of each loader of images in memory, as a multiple of fastssl's."""
     cases = _variants(rows, "pipeline ")
     head = ["time of a pass over fastssl's", *(f"{c} (n = {v['fastssl']['n']})" for c, v in cases)]
     peers = [name for name in cases[0][1] if name != "fastssl"]
@@ -69,7 +71,7 @@ def views_table(rows: list[Row]) -> str:
 
 
 def jpeg_table(rows: list[Row]) -> str:
-    """Of the engines that decode: how many times as fast as each peer they are."""
+    """Speed of the engines that decode, as a multiple of each peer's."""
     lines = []
     for case, variants in _variants(rows, "JPEG "):
         for peer in (name for name in variants if not name.startswith("fastssl")):
@@ -89,7 +91,7 @@ def _variants(rows: list[Row], prefix: str) -> list[tuple[str, dict[str, Row]]]:
 
 
 def ratio_table(rows: list[Row]) -> str:
-    """How many times faster than its case's first variant each other one is, and both memories.
+    """Speed of each variant as a multiple of its case's first, and both memories.
 
     For READMEs: on a CPU only ratios within one run are quoted. Sweeps ("against") are left out.
     """
@@ -120,13 +122,14 @@ def accuracy_table(rows: list[Row]) -> str:
     for case in dict.fromkeys(row["case"] for row in runs):
         seeds = [row for row in runs if row["case"] == case]
         for feature in ("raw pixels", "untrained", "pretrained"):
-            cells = [_mean_and_deviation([s[f"{feature}_{p}"] for s in seeds], 3) for p in PROBES]
-            seconds = _mean_and_deviation([s["train_s"] for s in seeds], 1)
+            cells = [mean_std([s[f"{feature}_{p}"] for s in seeds]) for p in PROBES]
+            seconds = mean_std([s["train_s"] for s in seeds], 1)
             lines.append([case, str(len(seeds)), seconds, feature, *cells])
     return markdown(head, lines)
 
 
-def _mean_and_deviation(values: list[float], digits: int) -> str:
+def mean_std(values: list[float], digits: int = 3) -> str:
+    """Mean and standard deviation over seeds."""
     mean = f"{statistics.mean(values):.{digits}f}"
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
@@ -138,7 +141,7 @@ def markdown(head: list[str], lines: list[list[str]]) -> str:
 
 
 def plot_ratios(rows: list[Row], path: Path) -> None:
-    """Bars: how many times faster than its case's reference each variant is."""
+    """Bars: speed of each variant as a multiple of its case's reference."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -161,7 +164,7 @@ def plot_ratios(rows: list[Row], path: Path) -> None:
 def plot_sweep(rows: list[Row], path: Path, *, against: str, x: str, y: str, title: str) -> None:
     """Two panels, time and peak memory against the parameter `against`: a line for each variant.
 
-    x and y are the words under the panels and beside the left one.
+    x and y are the labels of the axes.
     """
     import matplotlib
 
@@ -171,10 +174,10 @@ def plot_sweep(rows: list[Row], path: Path, *, against: str, x: str, y: str, tit
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     timed = [row for row in rows if "ms" in row]
     for name in dict.fromkeys(row["variant"] for row in timed):
-        mine = [row for row in timed if row["variant"] == name]
-        sizes = [row["parameters"][against] for row in mine]
-        left.loglog(sizes, [row["ms"] for row in mine], marker="o", label=name)
-        right.loglog(sizes, [row["peak_mib"] for row in mine], marker="o", label=name)
+        series = [row for row in timed if row["variant"] == name]
+        sizes = [row["parameters"][against] for row in series]
+        left.loglog(sizes, [row["ms"] for row in series], marker="o", label=name)
+        right.loglog(sizes, [row["peak_mib"] for row in series], marker="o", label=name)
     ticks = sorted({row["parameters"][against] for row in timed})
     left.set(ylabel=f"{y}, ms")
     right.set(ylabel="peak extra memory, MiB")
@@ -188,8 +191,10 @@ def plot_sweep(rows: list[Row], path: Path, *, against: str, x: str, y: str, tit
     pyplot.close(figure)
 
 
-def draw(plot: Callable[[list[Row], Path], None], module: str, description: str | None) -> None:
-    """The command line of a module that draws one plot from a finished run."""
+def plot_command(
+    plot: Callable[[list[Row], Path], None], module: str, description: str | None
+) -> None:
+    """The command line of a module that makes one plot from a finished run."""
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
     parser.add_argument("results", type=Path, help="losses.jsonl of a finished run")
     parser.add_argument("plot", type=Path, help="the PNG to write")
@@ -202,7 +207,7 @@ def main() -> int:
         prog="python -m bench.report", description=__doc__, allow_abbrev=False
     )
     parser.add_argument("results", type=Path, nargs="+")
-    parser.add_argument("--plot", type=Path, help="also draw the timing rows as bars into this PNG")
+    parser.add_argument("--plot", type=Path, help="also plot the timing rows as bars into this PNG")
     options = parser.parse_args()
     files = [
         f

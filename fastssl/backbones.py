@@ -17,8 +17,8 @@ from fastssl.config import Config
 class FastNet(nn.Sequential):
     """A small residual net for CPUs and small images: three stages at S/1, S/2, S/4, F = 4 * width.
 
-    Its work at 16 px and width 32 is 9.7 million multiply-adds an image, a fiftieth of a
-    ResNet-18's at 32 px.
+    At 16 px and width 32 it takes 9.7 million multiply-adds per image, 1/50 of a ResNet-18's at
+    32 px.
     """
 
     def __init__(self, width: int = 32):
@@ -55,8 +55,8 @@ def _convolution(inputs: int, outputs: int, stride: int) -> nn.Sequential:
 def build_backbone(name: str, *, stem: str = "imagenet", image_size: int = 224) -> nn.Module:
     """'fastnet', 'fastnet-WIDTH' or a timm model without its classifier, with random weights.
 
-    Raises ValueError for a name that neither knows, and for stem='cifar' on a net without a
-    ResNet's stem.
+    Raises ValueError for an unknown name, and for stem='cifar' on a network without a ResNet's
+    stem.
     """
     if match := re.fullmatch(r"fastnet(?:-(\d+))?", name):
         return FastNet(int(match[1] or 32))
@@ -69,7 +69,7 @@ def build_backbone(name: str, *, stem: str = "imagenet", image_size: int = 224) 
         )
     try:
         model = timm.create_model(name, num_classes=0, img_size=image_size)
-    except TypeError:  # convolutional nets take any size and no such argument
+    except TypeError:  # convolutional networks take any size and have no img_size
         model = timm.create_model(name, num_classes=0)
     if stem == "cifar":
         _use_cifar_stem(model, name)
@@ -77,7 +77,7 @@ def build_backbone(name: str, *, stem: str = "imagenet", image_size: int = 224) 
 
 
 def _use_cifar_stem(model: nn.Module, name: str) -> None:
-    """One 3x3 convolution of stride 1 and no pooling, as CIFAR ResNets have it."""
+    """Replace the stem by a 3x3 convolution of stride 1 without pooling, as for CIFAR."""
     first = getattr(model, "conv1", None)
     if not isinstance(first, nn.Conv2d) or not hasattr(model, "maxpool"):
         raise ValueError(
@@ -102,7 +102,7 @@ def seeded_backbone(config: Config, device: torch.device) -> nn.Module:
 
 
 def save_backbone(path: Path, backbone: nn.Module) -> None:
-    """The backbone's parameters and buffers as safetensors, under timm's names for a timm model."""
+    """Write parameters and buffers as safetensors, with timm's names for a timm model."""
     tensors = {
         name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()
     }
@@ -112,26 +112,26 @@ def save_backbone(path: Path, backbone: nn.Module) -> None:
 
 
 def load_backbone(path: Path, backbone: nn.Module, *, partial: bool = False) -> str:
-    """Fill every tensor of `backbone` from a file of `save_backbone`; returns the coverage, "loaded
-    62 of 62 tensors".
+    """Load a file of `save_backbone` into `backbone`; returns the coverage, "loaded 62 of 62
+    tensors".
 
-    Anything less is a ValueError, unless `partial` asks for the tensors that fit.
+    ValueError where the names or shapes of any tensors differ; with `partial`, where all do.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: the run has not finished its pretraining")
+        raise FileNotFoundError(f"{path} does not exist: the run has not finished pretraining")
     tensors: dict[str, Tensor] = load_file(path)
-    wanted = backbone.state_dict()
-    fitting = {
+    expected = backbone.state_dict()
+    matching = {
         name: tensor
         for name, tensor in tensors.items()
-        if name in wanted and wanted[name].shape == tensor.shape
+        if name in expected and expected[name].shape == tensor.shape
     }
-    coverage = f"loaded {len(fitting)} of {len(wanted)} tensors"
-    wrong = sorted((set(tensors) | set(wanted)) - set(fitting))
-    if wrong and not (partial and fitting):
+    coverage = f"loaded {len(matching)} of {len(expected)} tensors"
+    mismatched = sorted((set(tensors) | set(expected)) - set(matching))
+    if mismatched and not (partial and matching):
         raise ValueError(
-            f"{path} is not this backbone: {len(fitting)} of its {len(wanted)} tensors fit, first "
-            f"that does not: {wrong[0]}"
+            f"{path} is of another backbone: {len(matching)} of {len(expected)} tensors match, "
+            f"the first mismatch is {mismatched[0]}"
         )
-    backbone.load_state_dict(fitting, strict=not wrong)
+    backbone.load_state_dict(matching, strict=not mismatched)
     return coverage

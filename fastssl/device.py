@@ -1,4 +1,4 @@
-"""Where a run computes."""
+"""The device of a run."""
 
 import torch
 from torch import nn
@@ -19,5 +19,5 @@ def choose_device(name: str) -> torch.device:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where a module's parameters are."""
+    """The device of a module's parameters."""
     return next(module.parameters()).device

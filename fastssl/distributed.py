@@ -27,7 +27,7 @@ TIMEOUT = timedelta(minutes=10)  # of a collective that a rank never joins
 @dataclass(frozen=True)
 class Ranks:
     """This process among `world`. `group` is the losses' process group, None for one process;
-    `host` is a group on the CPU, for what processes agree on without a sync of their devices."""
+    `host` is a group on the CPU, for values exchanged without a sync of the devices."""
 
     rank: int = 0
     world: int = 1
@@ -40,7 +40,7 @@ class Ranks:
         return self.rank == 0
 
     def all_reduce_max(self, *numbers: int) -> list[int]:
-        """The largest of each number over all ranks; of flags, whether it is set on some rank."""
+        """The maximum of each number over all ranks; of a flag, whether any rank sets it."""
         if self.world == 1:
             return list(numbers)
         found = torch.tensor(numbers, dtype=torch.int64)
@@ -123,24 +123,24 @@ def _ranks() -> Ranks:
 
 
 def rank_batch(config: Config, world: int) -> int:
-    """Images of one rank's batch; ValueError where ranks cannot share the global batch evenly."""
+    """Batch size of one rank; ValueError where the global batch is not divisible by the ranks."""
     if config.global_batch % world:
         raise ValueError(
-            f"--global-batch {config.global_batch} cannot be shared evenly by {world} ranks; "
-            f"choose a multiple of {world}"
+            f"--global-batch {config.global_batch} is not divisible by {world} ranks; "
+            f"pass a multiple of {world}"
         )
     return config.global_batch // world or config.batch_size
 
 
 def all_gather_with_grad(z: Tensor, group: Any) -> Tensor:
-    """The views of all ranks (V, N, D) from this rank's, with the gradient that averaging over
-    ranks makes the global batch's."""
+    """The views of all ranks (V, N, D) from this rank's; the mean of its gradients over ranks is
+    the gradient of the global batch."""
     name = by_name.group_name(group, "all_gather_with_grad")
     return by_name.all_gather_with_grad(z, name)
 
 
 def all_gather_index(index: Tensor, group: Any) -> Tensor:
-    """The images of all ranks (N,) from this rank's, as many of each."""
+    """The image indices of all ranks (N,) from this rank's; every rank has as many."""
     if group is None:
         return index
     parts = [torch.empty_like(index) for _ in range(dist.get_world_size(group))]
@@ -166,7 +166,7 @@ class _SumRanks(torch.autograd.Function):
 
 
 class _RankBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm over all ranks' rows, on CPUs, which torch's SyncBatchNorm does not serve."""
+    """Batch norm over all ranks' rows, on CPUs, which torch's SyncBatchNorm does not support."""
 
     group: Any = None
 

@@ -1,6 +1,6 @@
-"""What a run will need, before it starts: parameters, memory by part, steps, time.
+"""Estimate what a run needs before it starts: parameters, memory by part, steps, time.
 
-A few real steps are taken on the run's own data, and nothing is written.
+A few real steps run on the run's data, and nothing is written.
 
 Shapes: N batch, V views.
 """
@@ -39,27 +39,27 @@ class DryRun:
 
     @property
     def train_s(self) -> float:
-        """Seconds of training at the pace of the steps taken."""
+        """Estimated seconds of training."""
         return self.steps * self.step_s
 
     def lines(self) -> list[str]:
-        """For people."""
+        """The estimate as text."""
         total = sum(self.mib.values())
         return [
             *(f"{name}: {count:,} parameters" for name, count in self.parameters.items()),
             *(f"{name}: {mib:,.1f} MiB" for name, mib in self.mib.items()),
-            f"memory in all: {total:,.1f} MiB",
+            f"total memory: {total:,.1f} MiB",
             f"{self.steps:,} steps of {1e3 * self.step_s:,.1f} ms: about {self.train_s:,.0f} s",
         ]
 
 
 def dry_run(config: Config, log: Callable[[str], None]) -> DryRun:
-    """What the run of `config` will need; ValueError where that run would refuse."""
+    """Estimate the run of `config`; ValueError where that run would raise it."""
     config, device = complete(config), choose_device(config.device)
     data = open_data(config, device, log)
     backbone = seeded_backbone(config, device)
     count = len(data.train)
-    oracle = Oracle(count) if uses_oracle(config) else None  # one that knows nothing
+    oracle = Oracle(count) if uses_oracle(config) else None  # no labels are read
     objective = build_objective(
         config, features=feature_width(backbone), num_samples=count, oracle=oracle
     )
@@ -98,20 +98,20 @@ def dry_run(config: Config, log: Callable[[str], None]) -> DryRun:
 
 
 class SavedTensors:
-    """Counts the bytes that a forward pass keeps for its backward pass, weights apart."""
+    """Counts the bytes that a forward pass saves for its backward pass, except weights."""
 
     def __init__(self, model: nn.Module):
         self._weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
         self._sizes: dict[int, int] = {}
 
     def counted(self) -> torch.autograd.graph.saved_tensors_hooks:
-        return torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor)
+        return torch.autograd.graph.saved_tensors_hooks(self._record, lambda tensor: tensor)
 
     @property
     def bytes(self) -> int:
         return sum(self._sizes.values())
 
-    def _keep(self, tensor: Tensor) -> Tensor:
+    def _record(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in self._weights:
             self._sizes[storage.data_ptr()] = storage.nbytes()

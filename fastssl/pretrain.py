@@ -20,19 +20,19 @@ from fastssl.distributed import Ranks, global_batch_norm, init_distributed, rank
 from fastssl.evaluation.online_knn import OnlineKNN
 from fastssl.evaluation.protocols import RunFeatures, run_features, score
 from fastssl.objectives import build_objective, complete
-from fastssl.objectives.oracles import Oracle, build_oracle, uses_oracle
+from fastssl.objectives.oracles import build_oracle, uses_oracle
 from fastssl.runtime import run_dir
-from fastssl.runtime.metrics_log import draw_curves, read_metrics
+from fastssl.runtime.metrics_log import plot_curves, read_metrics
 from fastssl.schedule import ramp
 from fastssl.train import Trained, train
 
 
 def pretrain(config: Config, folder: Path, log: Callable[[str], None]) -> dict[str, Any]:
-    """Train and evaluate in `folder`; returns what its summary.json then holds.
+    """Train and evaluate in `folder`; returns the contents of its summary.json.
 
     An unfinished run of the same config is resumed. Under torchrun every rank calls it; rank 0
     saves, logs and evaluates, the others return {}. Raises ValueError, with nothing written, where
-    the folder is taken or the config and the data do not fit together.
+    the folder is taken or the config does not fit the data.
     """
     config = complete(config)
     with ExitStack() as until_evaluated:
@@ -53,7 +53,7 @@ def pretrain(config: Config, folder: Path, log: Callable[[str], None]) -> dict[s
 
 @dataclass(frozen=True)
 class _Run:
-    """A trained run: what the summary says beside its accuracy."""
+    """A trained run: what its summary records beside the accuracy."""
 
     data: Data
     trained: Trained
@@ -65,12 +65,12 @@ class _Run:
 def _train(
     config: Config, folder: Path, log: Callable[[str], None], ranks: Ranks, locks: ExitStack
 ) -> _Run:
-    """Pretrain, save the backbone and draw the curves. `locks` keeps the folder locked."""
+    """Pretrain, save the backbone and plot the curves. `locks` takes the lock on the folder."""
     begin = time.perf_counter()
     resumed = ranks.is_main and run_dir.is_resumed(folder, config)
     device = choose_device(config.device)
     per_rank = replace(config, batch_size=rank_batch(config, ranks.world))
-    # Rank 0 opens the data first: an engine may have to convert it once, beside it or in the cache.
+    # Rank 0 opens the data first: an engine may convert it to a file that all ranks then read.
     if not ranks.is_main:
         ranks.barrier()
     data = open_data(per_rank, device, log, ranks)
@@ -79,7 +79,8 @@ def _train(
     backbone = seeded_backbone(config, device)
     if config.init:
         log(load_backbone(Path(config.init), backbone, partial=config.init_partial))
-    oracle = _oracle(config, data) if uses_oracle(config) else None
+    # The oracle is the only part of training that is given labels.
+    oracle = build_oracle(config, data.train.labels()) if uses_oracle(config) else None
     objective = build_objective(
         per_rank,
         features=feature_width(backbone),
@@ -119,7 +120,7 @@ def _train(
         run_dir.write_text(folder / "oracle.json", json.dumps(oracle.log()))
     if ranks.is_main:
         save_backbone(folder / "backbone.safetensors", backbone)
-        draw_curves(read_metrics(folder / "metrics.jsonl"), folder.name, folder / "curves.png")
+        plot_curves(read_metrics(folder / "metrics.jsonl"), folder.name, folder / "curves.png")
     ranks.barrier()  # all ranks read the backbone for the evaluation
     return _Run(data, trained, load_s, device, ranks.world)
 
@@ -140,7 +141,7 @@ def _summary(
     """
     unreadable = {**skipped[0], **skipped[1]}
     if unreadable:
-        log(f"{len(unreadable)} unreadable images were left out; summary.json names them")
+        log(f"skipped {len(unreadable)} unreadable images; summary.json lists them")
     table, rank = score(config, features)
     device = run.device
     summary = {
@@ -162,13 +163,8 @@ def _summary(
     return summary
 
 
-def _oracle(config: Config, data: Data) -> Oracle:
-    """The oracle of `config`, which alone is given the training images' labels."""
-    return build_oracle(config, data.train.labels())
-
-
 def _discard(line: str) -> None:
-    """The log of all ranks but rank 0."""
+    """The log of every rank but rank 0."""
 
 
 def _version(name: str) -> str | None:

@@ -1,6 +1,6 @@
-"""The recipes: named Configs, each with a card of what it was measured to do.
+"""The recipes: named Configs, each with a card of its measured results.
 
-Each is run by `fastssl train NAME`. A recipe of a new method: its settings, its knobs, its card.
+`fastssl train NAME` runs one. A new method's recipe: its settings, its knobs, its card.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from fastssl.config import Config, knob_names
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """What a recipe was measured to do: the mean of `n` seeds, without `train_s` nothing yet."""
+    """Measured results of a recipe: means over `n` seeds; not measured yet without `train_s`."""
 
     hardware: str
     train_s: int | None = None
@@ -22,7 +22,7 @@ class Card:
     n: int = 0
     date: str = ""
     command: str = ""
-    """What measured it."""
+    """The command that measured it."""
     results: str = ""
     """The file with its rows, in bench/results/."""
 
@@ -37,7 +37,7 @@ class Card:
 class Recipe:
     """The settings of a run, the knobs of its method by name, and its card.
 
-    `knobs` may name some that only other methods have, for `--method`.
+    `knobs` may include those of other methods, for `--method`.
     """
 
     settings: Config
@@ -46,7 +46,7 @@ class Recipe:
 
     def config(self, method: str | None = None) -> Config:
         """The complete Config; with `method`, that of another method with the same settings."""
-        from fastssl.objectives import configured, method_class  # which import torch
+        from fastssl.objectives import configured, method_class  # imports torch
 
         settings = replace(self.settings, method=method or self.settings.method)
         known = knob_names(method_class(settings.method).Knobs)
@@ -90,8 +90,8 @@ _MANY_VIEWS = replace(
     precision="bfloat16",
 )
 
-# One net and one set of 5,000 images for every method, about a minute of training on one core that
-# multiplies bfloat16 (AVX512-BF16, AMX); elsewhere --precision float32 is quicker.
+# One network and one set of 5,000 images for every method, about a minute of training on one core
+# with bfloat16 instructions (AVX512-BF16, AMX); elsewhere --precision float32 is faster.
 _CIFAR_SMALL = Config(
     data="cifar10",
     train_images=5000,

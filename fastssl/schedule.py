@@ -1,4 +1,4 @@
-"""The position of a run and what follows from it: the learning rate, the views, the end.
+"""The state of a run and what depends on it: the learning rate, the views, the end.
 
 Everything here depends on the step and, under a time budget, on the seconds of training so far;
 both are in the checkpoint.
@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 
 from fastssl.config import Config
 
-LR_RESOLUTION = 100_000  # parts into which a time budget is cut for the learning rate
+LR_RESOLUTION = 100_000  # parts into which a time budget is divided for the learning rate
 
 
 @dataclass
 class TrainState:
-    """The position of a run: optimizer steps made, the seconds they took in all its sessions, and
-    the last accuracy of its online probe."""
+    """Optimizer steps of a run so far, their seconds over all its sessions, and the last accuracy
+    of its online probe."""
 
     step: int = 0
     train_s: float = 0.0
@@ -29,7 +29,7 @@ class Schedule:
         self.total = config.epochs * batches
         self._warmup = round(config.warmup_epochs * batches)
         self._config = config
-        self._probed = config.probe_epochs * batches  # steps between two probes
+        self._probe_every = config.probe_epochs * batches  # steps
 
     def lr(self, state: TrainState) -> float:
         """The learning rate of the step after `state`. Under a time budget the same curve runs over
@@ -41,11 +41,11 @@ class Schedule:
         return learning_rate(step, total=total, warmup=warmup, peak=c.lr, final=c.final_lr)
 
     def is_probed(self, state: TrainState) -> bool:
-        """Whether the online probe is asked at this step."""
-        return self._probed > 0 and state.step % self._probed == 0
+        """Whether the online probe runs at this step."""
+        return self._probe_every > 0 and state.step % self._probe_every == 0
 
     def is_over(self, state: TrainState) -> bool:
-        """Whether the last step is made, the time spent, or the target accuracy reached."""
+        """Whether all steps are done, the time is spent, or the target accuracy is reached."""
         if 0 < self._config.target_accuracy <= state.knn:
             return True
         if self._config.time_budget_s:
@@ -53,7 +53,7 @@ class Schedule:
         return state.step >= self.total
 
     def steps(self, state: TrainState) -> int:
-        """All steps of the run, as far as can be told at `state`."""
+        """Total steps of the run; under a time budget estimated from the pace so far."""
         if not self._config.time_budget_s or not state.step or not state.train_s:
             return self.total
         return max(state.step, round(state.step * self._config.time_budget_s / state.train_s))
@@ -62,7 +62,7 @@ class Schedule:
 def ramp(config: Config, epoch: int) -> Config:
     """`config` with the views and the image size of this epoch.
 
-    From `start_views` and `start_size` they grow evenly over `ramp_epochs`, sizes in steps of 4 px.
+    They grow linearly from `start_views` and `start_size` over `ramp_epochs`, sizes by 4 px.
     """
     if epoch >= config.ramp_epochs:
         return config

@@ -1,7 +1,7 @@
 """One training step: forward over groups of equal-sized views, loss, backward, update.
 
-Nothing in it waits for the device: a step whose loss or gradient is not finite is skipped by the
-optimizer's own kernel, and metrics come back as tensors.
+With a fused optimizer nothing waits for the device: the optimizer's kernel skips a step whose loss
+or gradient is not finite, and metrics are returned as tensors.
 
 Shapes: N batch, C channels, S pixels per side, F features, V views.
 """
@@ -43,9 +43,9 @@ class Model(nn.Module):
 def view_features(backbone: nn.Module, views: Sequence[Tensor], parts: int = 1) -> list[Tensor]:
     """V tensors (N, C, S, S) -> V tensors (N, F), one pass per group of adjacent equal sizes.
 
-    With parts > 1 each pass goes in so many parts, whose activations are not kept but computed
-    again in the backward pass: the memory of one part, and the same loss over the whole batch. Only
-    batch norm sees parts.
+    With parts > 1 each pass is split into parts whose activations are recomputed in the backward
+    pass: the memory of one part, and the same loss over the whole batch. Only batch norm sees
+    parts.
     """
     features: list[Tensor] = []
     for _, group in groupby(views, key=lambda view: view.shape[-1]):
@@ -57,7 +57,7 @@ def view_features(backbone: nn.Module, views: Sequence[Tensor], parts: int = 1) 
 
 
 def _in_parts(backbone: nn.Module, images: Tensor, parts: int) -> Tensor:
-    contexts = partial(_forward_and_again, backbone)
+    contexts = partial(_recompute_contexts, backbone)
     out = [
         checkpoint(backbone, part, use_reentrant=False, context_fn=contexts)
         for part in images.chunk(parts)
@@ -65,14 +65,14 @@ def _in_parts(backbone: nn.Module, images: Tensor, parts: int) -> Tensor:
     return torch.cat(out)
 
 
-def _forward_and_again(backbone: nn.Module) -> tuple[Any, Any]:
-    """The contexts of the first pass and of its repetition, which must not count in the running
+def _recompute_contexts(backbone: nn.Module) -> tuple[Any, Any]:
+    """The contexts of the forward pass and of its recomputation, which must not update the running
     statistics a second time."""
-    return nullcontext(), _still_statistics(backbone)
+    return nullcontext(), _fixed_running_statistics(backbone)
 
 
 @contextmanager
-def _still_statistics(module: nn.Module) -> Iterator[None]:
+def _fixed_running_statistics(module: nn.Module) -> Iterator[None]:
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     rates = [norm.momentum for norm in norms]
     for norm in norms:
@@ -85,7 +85,7 @@ def _still_statistics(module: nn.Module) -> Iterator[None]:
 
 
 class Step:
-    """Calls the model, takes the gradient over all ranks, updates. `step(views, index, lr)`."""
+    """Forward, gradient over all ranks, update: `step(views, index, lr)`."""
 
     def __init__(
         self,
@@ -100,10 +100,10 @@ class Step:
         self._device = self._parameters[0].device
         self._bfloat16 = config.precision == "bfloat16"
         self._skips_nonfinite = bool(optimizer.defaults.get("fused"))
-        self._plain = _over_ranks(model, ranks)
+        self._eager = _data_parallel(model, ranks)
         self._graphs = config.cuda_graphs
         mode = "reduce-overhead" if config.cuda_graphs else None
-        self._forward = torch.compile(self._plain, mode=mode) if config.compile else self._plain
+        self._forward = torch.compile(self._eager, mode=mode) if config.compile else self._eager
 
     def __call__(
         self, views: Sequence[Tensor], index: Tensor, lr: float
@@ -119,22 +119,22 @@ class Step:
         try:
             metrics, features = self._gradient(views, index)
         except _compile_errors() as error:
-            if self._forward is self._plain:
+            if self._forward is self._eager:
                 raise
             reason = " ".join(str(error).split())[:200]
             self._log(f"torch.compile failed, continuing without it: {reason}")
-            self._forward = self._plain
+            self._forward = self._eager
             metrics, features = self._gradient(views, index)
         norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
         bad = (~(norm.isfinite() & metrics["loss"].detach().isfinite())).float()
-        if self._ranks.world > 1:
+        if self._ranks.world > 1:  # all ranks must skip the same steps, or their weights diverge
             dist.all_reduce(bad, dist.ReduceOp.MAX, group=self._ranks.group)
         self._update(bad)
         return {**metrics, "grad_norm": norm, "finite": bad == 0}, features
 
     def _gradient(self, views: Sequence[Tensor], index: Tensor) -> tuple[Metrics, list[Tensor]]:
         self._optimizer.zero_grad(set_to_none=True)
-        if self._graphs:  # what the last step returned may be overwritten now
+        if self._graphs:  # the graphs may overwrite the last step's outputs
             torch.compiler.cudagraph_mark_step_begin()
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bfloat16):
             metrics, features = self._forward(views, index)
@@ -162,20 +162,19 @@ def equal_rows(batch: Batch, pipeline: Pipeline, ranks: Ranks) -> Batch:
     return Batch([view[rows] for view in batch.views], batch.index[rows], batch.params)
 
 
-def _over_ranks(model: Model, ranks: Ranks) -> nn.Module:
-    """The model, its gradients averaged over ranks; parameters of which each rank holds its own
-    part stay its own."""
+def _data_parallel(model: Model, ranks: Ranks) -> nn.Module:
+    """The model with gradients averaged over ranks, except those of sharded parameters."""
     if ranks.world == 1:
         return model
-    own = [f"objective.{name}" for name in model.objective.sharded_names()]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, own)
+    sharded = [f"objective.{name}" for name in model.objective.sharded_names()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sharded)
     device = next(model.parameters()).device
     ids = [device.index] if device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=ids, process_group=ranks.group)
 
 
 def _compile_errors() -> tuple[type[Exception], ...]:
-    """What torch.compile raises of its own. Its package is slow to import, so only in need."""
+    """The errors of torch.compile. Their package is slow to import, so only after an error."""
     from torch._dynamo.exc import TorchDynamoException
 
     return (TorchDynamoException,)

@@ -53,8 +53,8 @@ def train(
     """Pretrain `backbone` and `objective` in place.
 
     probe: called every `config.probe_epochs`, its time not counted. views_of: the views of each
-    epoch, where they change. Metrics and checkpoints go to `folder`; a checkpoint found there is
-    resumed, to the same weights as without the interruption. On SIGINT, SIGTERM or SIGUSR1 the
+    epoch, where they change. Metrics and checkpoints go to `folder`; a checkpoint there is resumed,
+    to the same weights as those of an uninterrupted run. On SIGINT, SIGTERM or SIGUSR1 the
     current step is finished and saved, then Interrupted is raised. Raises NonFiniteLossError where
     the loss or its gradient is NaN or infinite (`NonFiniteGuard`), and CollapseError where the
     features collapse and `config.on_collapse` is "stop".
@@ -79,7 +79,7 @@ def train(
     guard = NonFiniteGuard(model, config.on_nonfinite, log)
     timer = CheckpointTimer(config.checkpoint_s)
     if probe and ranks.is_main:
-        probe.forget_after(state.step)
+        probe.truncate_after(state.step)
     metrics_path = folder / "metrics.jsonl" if ranks.is_main else None
     metrics_log = MetricsLog(metrics_path, schedule.steps(state), state.step)
     begin, earlier_s, seen, waited_s = time.perf_counter(), state.train_s, 0, 0.0
@@ -92,26 +92,26 @@ def train(
         while not schedule.is_over(state):
             epoch, skip = divmod(state.step, len(pipeline))
             views = views_of(epoch) if views_of else None
-            asked = time.perf_counter()
+            wait_begin = time.perf_counter()
             for batch in watchdog.batches(pipeline.epoch(epoch, skip=skip, views=views)):
                 batch = equal_rows(batch, pipeline, ranks)
-                waited_s += time.perf_counter() - asked
+                waited_s += time.perf_counter() - wait_begin
                 lr = schedule.lr(state)
                 metrics, features = step(batch.views, batch.index, lr)
                 spectrum.update(features)
                 state.step += 1
                 guard.add(state.step, batch.index, metrics.pop("finite"))
                 seen += len(batch.index) * len(batch.views)
-                # The guard is checked at three places, each before something that a non-finite step
-                # would spoil: the clock and the probe, the metrics, the checkpoint. Each check is a
-                # sync with the device, so there are none at other steps.
+                # The guard is checked before the probe, the report and the checkpoint: none of them
+                # may include a non-finite step. A check is a sync with the device, so there is none
+                # at other steps.
                 probing = schedule.is_probed(state)
                 if probing or state.step % config.log_every == 0 or state.step == schedule.total:
                     watchdog.phase("reading metrics")
                     guard.check()  # waits for the device, so the clock below covers whole steps
                 spent_s = time.perf_counter() - begin
                 # Under a time budget the learning rate and the end depend on the clock: all ranks
-                # take rank 0's, or they would leave the loop at different steps and hang.
+                # use rank 0's, or they would leave the loop at different steps and hang.
                 state.train_s = ranks.broadcast(earlier_s + spent_s)
                 if probing:
                     watchdog.phase("probing")
@@ -127,8 +127,8 @@ def train(
                     report = {"epoch": epoch, **values, "lr": lr, **rates, **quality}
                     metrics_log.write(state.step, report)
                     collapse.check(state.step, quality)
-                # A signal may reach one rank alone, and each rank has its own timer: saving is a
-                # collective call, so they agree on it at every step.
+                # A signal may reach a single rank, and timers differ between ranks: saving is a
+                # collective call, so all ranks agree on it at every step.
                 due, signal = ranks.all_reduce_max(timer.is_due(), stop.received or 0)
                 if due or signal or over:
                     watchdog.phase("saving")
@@ -138,6 +138,6 @@ def train(
                 watchdog.step_done(state.step)
                 if over:
                     break
-                asked = time.perf_counter()
+                wait_begin = time.perf_counter()
     views_per_s = seen / max(time.perf_counter() - begin, 1e-9)
     return Trained(state.step, state.train_s, views_per_s)

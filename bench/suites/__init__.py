@@ -1,1 +1,1 @@
-"""The cases that are measured, a file for each kind."""
+"""The cases of the benchmark, a file for each kind."""

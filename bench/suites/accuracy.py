@@ -1,5 +1,4 @@
-"""Accuracy and the seconds it took, one experiment after another: frozen features, the neutral
-protocol.
+"""Accuracy and training time by experiment: frozen features, the neutral protocol.
 
     digits     the two recipes of the README, on scikit-learn's digits
     methods    every method on 5,000 images of CIFAR-10, one small net, the same for all
@@ -11,9 +10,9 @@ protocol.
     gpu        short CIFAR-10 runs of a ResNet-18
 
 `python -m bench --only accuracy --match EXPERIMENT` runs one. CIFAR-10 is an .npz or a folder that
-FASTSSL_CIFAR10 names, the JPEGs a folder or .tar that FASTSSL_IMAGENETTE names; what is not there
-is left out. On a GPU, views, data and emp_ssl take a ResNet-18 and all of CIFAR-10. What counts as
-time: see bench/README.md.
+FASTSSL_CIFAR10 names, the JPEGs a folder or .tar that FASTSSL_IMAGENETTE names; experiments without
+their data are skipped. On a GPU, views, data and emp_ssl take a ResNet-18 and all of CIFAR-10. What
+counts as time: see bench/README.md.
 """
 
 import os
@@ -104,7 +103,7 @@ def gpu(device: str) -> Iterator[Named]:
 
 
 def runs(device: str) -> Iterator[tuple[str, str, Config]]:
-    """(experiment, name, Config), the quickest and most telling first, all seeds of one case
+    """(experiment, name, Config), the fastest and most informative first, all seeds of one case
     together; on a GPU, where a budget is short, one seed after another."""
     cifar, jpegs = os.environ.get("FASTSSL_CIFAR10"), os.environ.get("FASTSSL_IMAGENETTE")
     handwritten = "digits" if find_spec("sklearn") else None
@@ -124,8 +123,8 @@ def runs(device: str) -> Iterator[tuple[str, str, Config]]:
 
 
 def rows(device: str, end: float, match: str) -> Iterator[dict[str, Any]]:
-    """One row per run: seconds, accuracies, what the online probe said. A run is started only while
-    there is time left."""
+    """One row per run: seconds, accuracies, online probes. A run is started only while time is
+    left."""
     for experiment, name, config in runs(device):
         if match not in f"{experiment}: {name}" or time.monotonic() >= end:
             continue
@@ -145,7 +144,7 @@ def rows(device: str, end: float, match: str) -> Iterator[dict[str, Any]]:
             run = Path(folder) / "run"
             try:
                 summary = pretrain(config, run, lambda line: None)
-            except Exception as error:  # the next run may be well
+            except Exception as error:  # the next run may succeed
                 yield {**head, "failed": f"{type(error).__name__}: {error}"}
                 continue
             losses = {m["step"]: m["loss"] for m in read_metrics(run / "metrics.jsonl")}

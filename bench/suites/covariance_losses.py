@@ -2,9 +2,9 @@
 
     python -m bench.suites.covariance_losses RESULTS/losses.jsonl PNG
 
-draws time and memory against D from the results of `python -m bench --only losses`.
+plots time and memory against D from the results of `python -m bench --only losses`.
 
-Inputs are normal: a part common to the views plus half as much of their own. A call is forward and
+Inputs are normal: a part common to the views plus half as much noise. A call is forward and
 backward, and returns the loss and the gradients. Shapes: V views, N batch, D embedding.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench.measure import Call, Case
-from bench.report import Row, draw, plot_sweep
+from bench.report import Row, plot_command, plot_sweep
 from fastssl_kernels import barlow_twins_loss, coding_rate, vicreg_loss
 
 Loss = Callable[[list[Tensor]], Tensor]
@@ -26,7 +26,7 @@ SWEEP_N, SWEEP_D = 256, (512, 1024, 2048, 4096, 8192)
 
 
 def cases(device: str) -> Iterator[Case]:
-    """The sizes that goals are set for, then Barlow Twins against D for the plot."""
+    """The target sizes, then Barlow Twins against D for the plot."""
     cuda = device.startswith("cuda")
     barlow, vicreg = (official_barlow, barlow_twins_loss), (official_vicreg, vicreg_loss)
     yield _case("barlow", *barlow, device, 2, 256, 8192)
@@ -60,8 +60,8 @@ def official_barlow(views: Sequence[Tensor]) -> Tensor:
 def _official_barlow(za: Tensor, zb: Tensor) -> Tensor:
     ha, hb = (F.batch_norm(z, None, None, training=True) for z in (za, zb))
     c = (ha.T @ hb).div_(len(ha))
-    on = torch.diagonal(c).add_(-1).pow_(2).sum()
-    return on + 0.0051 * off_diagonal(c).pow_(2).sum()
+    diagonal = torch.diagonal(c).add_(-1).pow_(2).sum()
+    return diagonal + 0.0051 * off_diagonal(c).pow_(2).sum()
 
 
 def official_vicreg(views: Sequence[Tensor]) -> Tensor:
@@ -182,9 +182,9 @@ def check(variants: dict[str, Call], dtype: torch.dtype) -> None:
     tolerance = 2e-2 if dtype == torch.bfloat16 else 2e-4  # of the official formula, in this dtype
     expected = variants["official"]()
     for name, call in variants.items():
-        for found, wanted in zip(call(), expected, strict=True):
-            scale = wanted.float().norm()
-            error = float((found.float() - wanted.float()).norm() / scale)
+        for found, target in zip(call(), expected, strict=True):
+            scale = target.float().norm()
+            error = float((found.float() - target.float()).norm() / scale)
             assert error <= tolerance, f"{name} is {error:.1e} from the official formula"
 
 
@@ -208,4 +208,4 @@ def plot(rows: list[Row], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    draw(plot, "bench.suites.covariance_losses", __doc__)
+    plot_command(plot, "bench.suites.covariance_losses", __doc__)

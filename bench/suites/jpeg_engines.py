@@ -1,9 +1,9 @@
-"""Images per second from JPEGs to views: the engines that decode, beside what people use.
+"""Images per second from JPEGs to views: the engines that decode, beside common loaders.
 
 A call is one pass over the 202 ImageNet JPEGs of the test data (FASTSSL_DATA), or over as many
 synthetic ones of the median size where that folder is missing. Same policy for all, bilinear,
 float32 on a CPU, bfloat16 on a GPU, shuffled, last batch dropped. A peer that is not installed is
-no variant.
+left out.
 """
 
 import atexit
@@ -30,11 +30,11 @@ from fastssl_pipelines.sources.image_files import decode
 
 BATCH = 32
 SYNTHETIC = (375, 500)  # height, width: the median of ImageNet
-_CROP = View(size=224)  # crop and flip alone: all that FFCV's own decoder offers, and a flip
+_CROP = View(size=224)  # only crop and flip: all that FFCV's decoder offers, and a flip
 
 
 def cases(device: str) -> Iterator[Case]:
-    """Every case this device can run, most telling first."""
+    """Every case this device can run, the most informative first."""
     if torch.device(device).type == "cuda":
         like = {"dtype": torch.bfloat16, "channels_last": True}
         for name, views in (("2x224", policies.simclr()), ("DINO 2x224 + 8x96", policies.dino())):
@@ -50,7 +50,7 @@ def cases(device: str) -> Iterator[Case]:
 
 @cache
 def _folder() -> Path:
-    """Where the converted file lies until this process ends."""
+    """The folder of the converted file, deleted when this process ends."""
     folder = Path(tempfile.mkdtemp(prefix="fastssl-bench-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
@@ -116,8 +116,9 @@ def _origin() -> str:
 
 def _open(engine: str, views: Sequence[View], device: str, **options: Any) -> spec.Pipeline:
     source = list(_files()) if engine == "dali" else _beton()
-    given = {"views": views, "batch_size": BATCH, "seed": 0, "device": device, **options}
-    return open_pipeline(engine, source, **given)
+    return open_pipeline(
+        engine, source, views=views, batch_size=BATCH, seed=0, device=device, **options
+    )
 
 
 def _pass(pipeline: spec.Pipeline) -> None:
@@ -128,7 +129,7 @@ def _pass(pipeline: spec.Pipeline) -> None:
 
 
 def _check(views: Sequence[View], device: str, variants: dict[str, Call]) -> None:
-    """Each engine renders what Pillow decodes: exactly on a CPU with DALI, else nearly."""
+    """Each engine renders what Pillow decodes: exactly on a CPU with DALI, else closely."""
     pixels = [decode(np.fromfile(file, np.uint8)) for file in _files()]
     images = as_images(pixels).to(device)
     for engine, bound in (("dali", 2), ("ffcv", 4)):
@@ -224,7 +225,7 @@ _PEERS = {"torchvision": _torchvision, "DALI bare": _bare_dali, "FFCV alone": _f
 
 
 def _step_case(device: str) -> Case:
-    """How long a two-view ResNet-50 step waits for data: with the engine, and with views it has."""
+    """How long a two-view ResNet-50 step waits for data: from the engine, and from memory."""
 
     def build() -> dict[str, Call]:
         from torchvision.models import resnet50
@@ -233,7 +234,7 @@ def _step_case(device: str) -> Case:
         like = {"dtype": torch.bfloat16, "channels_last": True}
         views = [replace(view, **like) for view in policies.simclr()]
         pipeline = _open("dali", views, device)
-        held = [list(batch.views) for batch in pipeline.epoch(0)]
+        in_memory = [list(batch.views) for batch in pipeline.epoch(0)]
 
         def train(batches: Any) -> None:
             for shown in batches:
@@ -243,7 +244,7 @@ def _step_case(device: str) -> Case:
             torch.cuda.synchronize()
 
         return {
-            "views at hand": lambda: train(held),
+            "views in memory": lambda: train(in_memory),
             "fastssl dali": lambda: train(list(b.views) for b in pipeline.epoch(0)),
         }
 

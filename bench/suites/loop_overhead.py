@@ -1,6 +1,6 @@
-"""What the loop costs beside the step itself: data, and what is watched and written.
+"""Overhead of the training loop beside the step: data, monitoring and logging.
 
-The same number of steps on one batch that is there already and on the pipeline's batches; and,
+The same number of steps on one fixed batch and on the pipeline's batches; and,
 called alone, what `train` does beside them: the guard, the spectrum, the log, the online probe. The
 latter are too small to be seen as a difference of whole runs on a shared machine.
 """
@@ -53,7 +53,7 @@ def cases(device: str) -> Iterator[Case]:
 
 @dataclass
 class Loop:
-    """All that a training run has in hand."""
+    """The parts of a training run."""
 
     config: Config
     model: Model
@@ -87,7 +87,7 @@ def _fed(loop: Loop) -> dict[str, Call]:
 
 def _beside(loop: Loop) -> dict[str, Call]:
     """The rest of what `train` does in 20 steps, with a report of the spectrum at their end: more
-    than it does, since reports are kept under 1 % of the time."""
+    than it does, since reports are limited to 1 % of the time."""
     metrics, features = loop.step(loop.fixed.views, loop.fixed.index, 1e-4)
     finite = metrics.pop("finite")
     width = feature_width(loop.model.backbone)
@@ -114,7 +114,7 @@ def _beside(loop: Loop) -> dict[str, Call]:
 
 
 def _probed(loop: Loop) -> dict[str, Call]:
-    """kNN of 1,000 images among the 5,000 that are trained on."""
+    """kNN of 1,000 images among the 5,000 training images."""
     epochs = count()
     labels = torch.arange(IMAGES) % 10
 

@@ -1,8 +1,8 @@
-"""DIET's head and the contrastive losses: eager, torch.compile, torch's own op, peers, and ours.
+"""DIET's head and the contrastive losses: eager, torch.compile, torch's op, peers, and ours.
 
     python -m bench.suites.softmax_losses RESULTS/losses.jsonl PNG
 
-draws time and memory against K from the results of `python -m bench --only losses`.
+plots time and memory against K from the results of `python -m bench --only losses`.
 
 Inputs: normal features, class vectors of scale 0.05, uniform targets, label smoothing 0.8. A call
 is forward and backward and, where the name says AdamW, the update of the class weight.
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench.measure import Call, Case
-from bench.report import Row, draw, plot_sweep
+from bench.report import Row, plot_command, plot_sweep
 from fastssl_kernels import (
     DIETHead,
     NTXentLoss,
@@ -34,7 +34,7 @@ SWEEP_N, SWEEP_D, SWEEP_K = 256, 512, (12_500, 25_000, 50_000, 100_000, 200_000)
 
 
 def cases(device: str) -> Iterator[Case]:
-    """The sizes that goals are set for, then DIET's step against K for the plot."""
+    """The target sizes, then DIET's step against K for the plot."""
     if device.startswith("cuda"):
         yield _diet(device, 1024, 512, 50_000)
         yield _diet(device, 2048, 512, 1_281_167)
@@ -92,7 +92,7 @@ def _diet(device: str, n: int, dim: int, classes: int, sweep: bool = False) -> C
 
 
 class _Step:
-    """Forward, backward and fused AdamW on its own weight; -> loss, gradient of the features."""
+    """Forward, backward and fused AdamW on a copy of w; -> loss, gradient of the features."""
 
     def __init__(self, loss: Loss, x: Tensor, w: Tensor, y: Tensor) -> None:
         self.loss, self.x, self.y = loss, x, y
@@ -125,7 +125,7 @@ class _FusedStep:
 
 
 def _softmax(device: str, n: int, dim: int, classes: int) -> Case:
-    """Forward and backward alone, x and w in the product's dtype, as peers take them."""
+    """Only forward and backward, x and w in the product's dtype, as peers take them."""
 
     def build() -> dict[str, Call]:
         x, w, y = _inputs(device, n, dim, classes)
@@ -150,9 +150,11 @@ def _softmax(device: str, n: int, dim: int, classes: int) -> Case:
     )
 
 
-def _gradients(loss: Loss, x: Tensor, w: Tensor, y: Tensor) -> list[Tensor]:
-    value = loss(x, w, y)
-    return [value.detach(), *torch.autograd.grad(value, (x, w))]
+def _gradients(loss: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
+    """The loss, and the gradients of the inputs that require them."""
+    value = loss(*inputs)
+    leaves = [x for x in inputs if x.requires_grad]
+    return [value.detach(), *torch.autograd.grad(value, leaves)]
 
 
 def smoothed(plain: Loss, x: Tensor, w: Tensor, y: Tensor) -> Tensor:
@@ -167,11 +169,11 @@ def _torch_chunked() -> Loss | None:
     if options is None:
         return None
     call = partial(F.linear_cross_entropy, options=options())
-    return partial(smoothed, call)  # with label smoothing of its own it would take the plain path
+    return partial(smoothed, call)  # its label smoothing would disable the chunking
 
 
 def _gpu_peers() -> dict[str, Loss]:
-    """cut-cross-entropy and Liger where they are installed; exact gradients asked for."""
+    """cut-cross-entropy and Liger where they are installed, with exact gradients."""
     peers: dict[str, Loss] = {}
     try:
         from cut_cross_entropy import linear_cross_entropy as cce
@@ -229,7 +231,7 @@ def _pairs(
         b = a + torch.randn(n, dim, device=device, generator=generator)
         dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
         leaves = (a.to(dtype).requires_grad_(), b.to(dtype).requires_grad_())
-        return {key: partial(_pair_gradients, loss, *leaves) for key, loss in losses.items()}
+        return {key: partial(_gradients, loss, *leaves) for key, loss in losses.items()}
 
     return Case(
         name=f"{name} N={n} D={dim}",
@@ -240,20 +242,15 @@ def _pairs(
     )
 
 
-def _pair_gradients(loss: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> list[Tensor]:
-    value = loss(a, b)
-    return [value.detach(), *torch.autograd.grad(value, (a, b))]
-
-
 def check(variants: dict[str, Call]) -> None:
-    """Two calls of each: what they return agrees with the reference, after an update too."""
+    """Two calls of each variant agree with the reference, the second after an update."""
     for _ in range(2):
         expected = next(iter(variants.values()))()
         for name, call in variants.items():
             found = call() if name != next(iter(variants)) else expected
-            for one, wanted in zip(found, expected, strict=True):
-                tolerance = 3e-2 if wanted.is_cuda else 1e-3  # of eager in its own precision
-                error = float((one.float() - wanted.float()).norm() / wanted.float().norm())
+            for one, reference in zip(found, expected, strict=True):
+                tolerance = 3e-2 if reference.is_cuda else 1e-3  # of eager in this precision
+                error = float((one.float() - reference.float()).norm() / reference.float().norm())
                 assert error <= tolerance, f"{name} is {error:.1e} from eager"
 
 
@@ -271,4 +268,4 @@ def plot(rows: list[Row], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    draw(plot, "bench.suites.softmax_losses", __doc__)
+    plot_command(plot, "bench.suites.softmax_losses", __doc__)

@@ -1,8 +1,8 @@
 """Whole training steps, views included: ours beside torchvision's transforms and eager PyTorch.
 
-Torchvision renders a batch on the device with one draw for all of its images, the quickest way it
-has; the net, its precision, the optimizer and the projector are the same for all, the loss is the
-official formula or ours. A call is a few steps on random bytes.
+Torchvision renders a batch on the device with one set of parameters for all of its images, its
+fastest mode; the net, its precision, the optimizer and the projector are the same for all, the loss
+is the official formula or ours. A call is a few steps on random bytes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -53,7 +53,7 @@ class OfficialBarlow(ProjectedObjective):
 
 
 def cases(device: str) -> Iterator[Case]:
-    """Every case this device can run; compiled steps on a GPU alone, where a minute buys enough."""
+    """Every case this device can run; compiled steps only on a GPU, where a minute is enough."""
     cuda = torch.device(device).type == "cuda"
     for name, (config, height, width) in (GPU_SETTINGS if cuda else CPU_SETTINGS).items():
         yield Case(
@@ -81,7 +81,7 @@ def _variants(config: Config, height: int, width: int) -> dict[str, Call]:
 
 
 def build(config: Config, images: int, official: bool = False) -> tuple[Model, Step]:
-    """What `config` trains on so many images, and its step; `official`: with the official loss."""
+    """The model of `config` for `images` images, and its step; with the official loss or ours."""
     device = torch.device(config.device)
     backbone = seeded_backbone(config, device)
     width = feature_width(backbone)
@@ -100,7 +100,8 @@ def build(config: Config, images: int, official: bool = False) -> tuple[Model, S
 def resident(config: Config, images: np.ndarray) -> Pipeline:
     """The views of `config`, of images held in memory."""
     return open_pipeline(
-        *("resident", images),
+        "resident",
+        images,
         views=build_views(config),
         batch_size=config.batch_size,
         seed=config.seed,
@@ -134,6 +135,6 @@ def _by_us(config: Config, images: np.ndarray) -> Call:
 
 
 def _check(variants: dict[str, Call]) -> None:
-    """Every way of training has a finite loss; that the losses agree is the losses' suite's."""
+    """Every variant has a finite loss; the losses suite checks that the losses agree."""
     losses = {name: call() for name, call in variants.items()}
     assert all(np.isfinite(loss) for loss in losses.values()), losses

@@ -1,9 +1,9 @@
 """Views per second beside the named loaders, and on a GPU beside batched torchvision and kornia.
 
 A call is one pass over a small data set of random bytes: whole loaders, shuffled, float32 out on a
-CPU and bfloat16 on a GPU, same policy, bilinear. All that a pass renders is rendered within its
-time, and none begins while the threads of the one before still spin. Peers with worker processes
-have two. A peer that is not installed is no variant.
+CPU and bfloat16 on a GPU, same policy, bilinear. A pass includes all of its rendering, and begins
+when the threads of the previous one no longer spin. Peers with worker processes have two. A peer
+that is not installed is left out.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ SETTLE_S = 0.1  # OpenMP's threads spin for some milliseconds after their last l
 # name: (policy, images, batch, height, width)
 Setting = tuple[tuple[View, ...], int, int, int, int]
 _SIMCLR = tuple(replace(view, interpolation="bilinear") for view in policies.simclr())
-_EMP_SSL = tuple(  # its patches of 16 px, in words that the peers have too
+_EMP_SSL = tuple(  # its patches of 16 px, in terms that the peers support
     replace(view, patch=None, scale=(0.25, 0.25), ratio=(1.0, 1.0)) for view in policies.emp_ssl(20)
 )
 CPU_SETTINGS: dict[str, Setting] = {
@@ -40,7 +40,7 @@ GPU_SETTINGS: dict[str, Setting] = {
 
 
 def cases(device: str) -> Iterator[Case]:
-    """Every case this device can run, most telling first."""
+    """Every case this device can run, the most informative first."""
     if torch.device(device).type == "cuda":
         for name, setting in GPU_SETTINGS.items():
             yield _gpu_case(name, *setting, device)
@@ -91,12 +91,12 @@ def _fastssl_pass(images: np.ndarray, views: Sequence[View], batch: int) -> Call
 def _check(
     views: Sequence[View], height: int, width: int, device: str, variants: dict[str, Call]
 ) -> None:
-    """The engine that will be timed renders what the reference renders, within 1/255."""
+    """The timed engine renders what the reference renders, within 1/255."""
     images = as_images(random_images(4, height, width)).to(device)
     index = torch.arange(4, device=device)
     fast, params = views_of(images, views, 0, 0, index)
-    for got, drawn, view in zip(fast, params, views, strict=True):
-        truth = reference.render(images, drawn.table[None], view, "exact")[0]
+    for got, sampled, view in zip(fast, params, views, strict=True):
+        truth = reference.render(images, sampled.table[None], view, "exact")[0]
         scale = torch.tensor(view.std, device=device).view(3, 1, 1)
         off = ((got.float() - truth.float()) * scale).abs()
         rounding = 8 * torch.finfo(view.dtype).eps if view.dtype != torch.float32 else 0
@@ -154,8 +154,7 @@ def shared_torchvision(raw: np.ndarray, views: Sequence[View], device: str) -> C
 
 
 def _step_case(device: str) -> Case:
-    """What the views of a step cost beside the step: ResNet-18 with a CIFAR stem, 2 x 1024,
-    bf16."""
+    """The cost of a step's views beside the step: ResNet-18 with a CIFAR stem, 2 x 1024, bf16."""
 
     def build() -> dict[str, Call]:
         from torchvision.models import resnet18

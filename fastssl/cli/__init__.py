@@ -1,5 +1,5 @@
-"""The `fastssl` command: which command is meant, and how it ends. Mistakes end in one line and exit
-code 2."""
+"""The `fastssl` command: dispatch and exit codes. A user error prints one line and exits with code
+2."""
 
 import sys
 import warnings
@@ -18,17 +18,17 @@ USAGE = """usage: fastssl COMMAND ...
   fastssl train RECIPE --help      every knob, with the recipe's value
   fastssl train RECIPE --dry-run   parameters, memory, steps and time; writes nothing
   fastssl eval RUN [--protocol neutral|multiview|patches] [--probe lbfgs|ridge|sgd ...]
-                                   repeat a run's evaluation, or evaluate it as a paper does
-  fastssl rank RUN                 its quality without labels: RankMe, LiDAR, alpha-ReQ
-  fastssl select RUN RUN ...       runs of one method, by each of these
+                                   repeat a run's evaluation, or follow a paper's protocol
+  fastssl rank RUN                 label-free quality: RankMe, LiDAR, alpha-ReQ
+  fastssl select RUN RUN ...       rank runs of one method by each of these
   fastssl views RECIPE [--data PATH] [--out FILE.png] [--knob value ...]
-                                   draw images, their views and what was drawn for each
+                                   plot images and their views with the sampled parameters
   fastssl recipes                  list the recipes
   fastssl methods                  list the methods: paper, formula, defaults, measured accuracy
   fastssl convert SOURCE TARGET [--size S] [--quality Q] [--workers N]
-                                   images to .npy, .beton or tar shards; goes on where it stopped
+                                   images to .npy, .beton or tar shards; resumes
   fastssl doctor --data PATH [--workers N]
-                                   decode every image and say what training would meet
+                                   decode every image and report problems
 """
 COMMANDS = {
     "train": run_commands.train,
@@ -41,9 +41,9 @@ COMMANDS = {
     "convert": dataset_commands.convert,
     "doctor": dataset_commands.doctor,
 }
-RESUMED = {  # what the same command does after an interruption; the others start again
+RESUMED = {  # printed after an interruption; the other commands start again
     "train": "; the same command resumes the run",
-    "convert": "; the same command goes on where it stopped",
+    "convert": "; the same command resumes",
 }
 
 
@@ -53,8 +53,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(arguments: list[str]) -> int:
-    """Carry out one command line and return its exit code: 0, or 2 after one line that says what to
-    change."""
+    """Run one command line and return its exit code: 0, 2 after a user error, 128 + N after signal
+    N."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if arguments else 2
@@ -75,14 +75,14 @@ def run(arguments: list[str]) -> int:
 
 @contextmanager
 def _warnings_in_one_line() -> Iterator[None]:
-    """Our own warnings without the line of code they come from."""
+    """Print fastssl's warnings without their source line."""
     show = warnings.showwarning
 
-    def log(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+    def log(message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any) -> None:
         if category.__module__.startswith("fastssl"):
             print(f"fastssl: warning: {message}", file=sys.stderr)
         else:
-            show(message, category, *rest, **more)
+            show(message, category, *args, **kwargs)
 
     warnings.showwarning = log
     try:

@@ -1,4 +1,4 @@
-"""Commands that show what there is: recipes, methods, views."""
+"""Commands that list recipes and methods, and plot views."""
 
 from dataclasses import Field, fields
 from typing import Any
@@ -38,19 +38,19 @@ def methods(arguments: list[str]) -> None:
         _print_method(name, method.paper, method.formula, [], knobs)
         cards = [f"{r}: {x.card}" for r, x in RECIPES.items() if x.settings.method == name]
         _print_lines(cards or ["no recipe"])
-    able = [name for name, method in METHODS.items() if issubclass(method.Knobs, OracleKnobs)]
-    asked = [f"asked for by --method {'|'.join(able)} --oracle labels|queries"]
-    _print_method("pal", PAL.paper, PAL.formula, asked, list(fields(OracleKnobs)))
+    supported = [name for name, method in METHODS.items() if issubclass(method.Knobs, OracleKnobs)]
+    usage = [f"usage: --method {'|'.join(supported)} --oracle labels|queries"]
+    _print_method("pal", PAL.paper, PAL.formula, usage, list(fields(OracleKnobs)))
 
 
 def _print_method(
-    name: str, paper: str, formula: str, asked: list[str], knobs: list[Field[Any]]
+    name: str, paper: str, formula: str, usage: list[str], knobs: list[Field[Any]]
 ) -> None:
     Console().print(f"[bold]{name}[/bold]  {escape(paper)}", highlight=False)
     defaults = " ".join(
         f"{flag(k.name)[2:]}={'tuned' if k.default is None else k.default}" for k in knobs
     )
-    _print_lines([f"L = {formula}", *asked, f"defaults: {defaults}"])
+    _print_lines([f"L = {formula}", *usage, f"defaults: {defaults}"])
 
 
 def _print_lines(lines: list[str]) -> None:
@@ -62,15 +62,15 @@ def views(arguments: list[str]) -> None:
     recipe, flags = recipe_first("views", arguments)
     out = "views.png"
     if "--out" in flags:
-        at = flags.index("--out")
-        if at + 1 == len(flags):
+        position = flags.index("--out")
+        if position + 1 == len(flags):
             raise UsageError("--out needs the name of a PNG file")
-        out = flags[at + 1]
-        del flags[at : at + 2]
+        out = flags[position + 1]
+        del flags[position : position + 2]
     config = parse_config(recipe, flags)
     import torch
 
-    from fastssl.data.contact_sheet import draw_contact_sheet
+    from fastssl.data.contact_sheet import plot_contact_sheet
     from fastssl.data.loading import build_views
     from fastssl.data.splits import open_split
 
@@ -78,5 +78,5 @@ def views(arguments: list[str]) -> None:
     step = max(1, len(split) // SHEET_ROWS)
     chosen = torch.arange(0, len(split), step)[:SHEET_ROWS]
     images = [image for _, batch in split.batches([chosen]) for image in batch]
-    draw_contact_sheet(images, build_views(config)[:SHEET_VIEWS], config.seed, out)
+    plot_contact_sheet(images, build_views(config)[:SHEET_VIEWS], config.seed, out)
     Console().print(f"{out}: {len(images)} images and their views", highlight=False)

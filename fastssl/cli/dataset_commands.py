@@ -1,4 +1,4 @@
-"""Commands about files of images: convert, doctor."""
+"""Commands on image files: convert, doctor."""
 
 from collections.abc import Callable
 
@@ -12,22 +12,22 @@ def convert(arguments: list[str]) -> None:
     parser.add_argument("source", help="folder of images, .tar or folder of .tar, .npz")
     parser.add_argument("target", help="NAME.npy, NAME.beton, or NAME for a folder of tar shards")
     parser.add_argument("--size", type=int, help="px; the shorter side is reduced to it")
-    parser.add_argument("--quality", type=int, default=90, help="of JPEGs that must be encoded")
+    parser.add_argument("--quality", type=int, default=90, help="of JPEGs that are re-encoded")
     parser.add_argument("--workers", type=int, help="threads; one per core by default")
     parser.add_argument("--on-corrupt", choices=("skip", "stop"), default="skip")
-    parser.add_argument("--quota", type=float, default=0.01, help="share that may be unreadable")
+    parser.add_argument("--quota", type=float, default=0.01, help="fraction that may be unreadable")
     options = vars(parser.parse_args(arguments))
     from fastssl_pipelines.sources.convert import convert
 
     with Progress(transient=True) as bar:
         report = convert(progress=_progress(bar, "converting"), **options)
     for name, reason in report.skipped.items():
-        print(f"left out: {name}: {reason}")
-    print(f"{report.written} images in {report.target}, {len(report.skipped)} left out")
+        print(f"skipped: {name}: {reason}")
+    print(f"{report.written} images in {report.target}, {len(report.skipped)} skipped")
 
 
 def doctor(arguments: list[str]) -> None:
-    parser = Parser(prog="fastssl doctor", description="Decode every image; say what is met.")
+    parser = Parser(prog="fastssl doctor", description="Decode every image and report problems.")
     parser.add_argument("--data", required=True, help="folder of images, .tar shards, or .beton")
     parser.add_argument("--workers", type=int, help="threads; one per core by default")
     options = parser.parse_args(arguments)

@@ -1,10 +1,10 @@
-"""Reading a command line: a recipe and the knobs of Config, or a command's own arguments; every
-mistake is one line."""
+"""Command-line parsing: a recipe and its knobs, or a command's arguments. Errors are one line."""
 
 import argparse
 import contextlib
 import difflib
 import io
+import re
 import sys
 from dataclasses import fields
 from itertools import dropwhile, takewhile
@@ -15,11 +15,11 @@ from fastssl.recipes import RECIPES, find_recipe
 
 
 class UsageError(ValueError):
-    """The command line asks for something that is not there."""
+    """The command line is invalid."""
 
 
 class Parser(argparse.ArgumentParser):
-    """Its complaints are UsageErrors, in one line."""
+    """An ArgumentParser that raises UsageError, in one line, instead of exiting."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see `{self.prog} --help`")
@@ -34,19 +34,19 @@ def recipe_first(command: str, arguments: list[str]) -> tuple[str, list[str]]:
 
 def parse_config(recipe: str, flags: list[str]) -> Config:
     """The recipe's Config with the flags applied, those of `Config` and of its method's knobs;
-    UsageError in one line for a flag or value that is wrong."""
+    UsageError, in one line, for an invalid flag or value."""
     import tyro
 
     from fastssl.objectives import complete
 
     default = find_recipe(recipe).config(method=_value_of("--method", flags))
     flags = _known_flags(default, flags)
-    complaint = io.StringIO()
+    errors = io.StringIO()
     try:
-        with contextlib.redirect_stderr(complaint):
+        with contextlib.redirect_stderr(errors):
             config = tyro.cli(
                 Config,
-                default=default,  # the type of its `objective` says which knobs there are
+                default=default,  # the type of its `objective` determines the knobs
                 args=flags,
                 prog=f"fastssl train {recipe}",
                 config=(tyro.conf.OmitArgPrefixes,),
@@ -54,38 +54,40 @@ def parse_config(recipe: str, flags: list[str]) -> Config:
     except SystemExit as stop:
         if not stop.code:
             raise
-        reason = _first_paragraph(complaint.getvalue()).removeprefix("Error parsing Config: ")
+        reason = re.sub(
+            "^Error parsing (Config|objective): ", "", _first_paragraph(errors.getvalue())
+        )
         raise UsageError(f"{reason}; see `fastssl train {recipe} --help`") from None
     return complete(config)
 
 
 def _value_of(name: str, flags: list[str]) -> str | None:
-    """What follows the last `name`, or stands behind its "="."""
+    """The last value of the flag `name`, given as `name VALUE` or `name=VALUE`."""
     found = None
-    for at, given in enumerate(flags):
-        if given == name and at + 1 < len(flags):
-            found = flags[at + 1]
+    for position, given in enumerate(flags):
+        if given == name and position + 1 < len(flags):
+            found = flags[position + 1]
         elif given.startswith(f"{name}="):
             found = given.removeprefix(f"{name}=")
     return found
 
 
 def _known_flags(config: Config, flags: list[str]) -> list[str]:
-    """`flags` without those of other methods, which have no effect: each is warned of, or refused
-    where it asks for another method. UsageError for a flag that no method has."""
+    """`flags` without those of other methods, which are ignored with a warning. UsageError for an
+    unknown flag, and for --fused-head and --oracle where the method has none."""
     from fastssl.objectives import METHODS
 
     known = _names(Config) | _names(type(config.objective)) | {"--help", "-h"}
     foreign = set().union(*(_names(method.Knobs) for method in METHODS.values())) - known
-    kept: list[str] = []
+    known_flags: list[str] = []
     words = iter(flags)
     for word in words:
         name = word.split("=", 1)[0].replace("_", "-")
         if name in ("--fused-head", "--oracle") and name in foreign:
-            able = [m for m in METHODS if name in _names(METHODS[m].Knobs)]
-            raise UsageError(f"{name} is for {', '.join(able)}: --method {config.method} has none")
+            methods = ", ".join(m for m in METHODS if name in _names(METHODS[m].Knobs))
+            raise UsageError(f"{name} is for {methods}: --method {config.method} has none")
         if name in foreign:
-            print(f"warning: {config.method} has no {name}, so it has no effect", file=sys.stderr)
+            print(f"warning: {config.method} has no {name}; it is ignored", file=sys.stderr)
             if not _is_switch(name) and "=" not in word:
                 next(words, None)  # its value
             continue
@@ -95,8 +97,8 @@ def _known_flags(config: Config, flags: list[str]) -> list[str]:
             raise UsageError(
                 f"unknown knob {name}" + (f"; did you mean {close[0]}?" if close else lists)
             )
-        kept.append(word)
-    return kept
+        known_flags.append(word)
+    return known_flags
 
 
 def _names(cls: type) -> set[str]:
@@ -106,15 +108,15 @@ def _names(cls: type) -> set[str]:
 
 
 def _is_switch(name: str) -> bool:
-    """Whether a method's flag is on or off, without a value."""
+    """Whether a method's flag is boolean and so takes no value."""
     from fastssl.objectives import METHODS
 
-    every = (f for method in METHODS.values() for f in fields(method.Knobs))
-    return any(name in (flag(f.name), f"--no-{flag(f.name)[2:]}") for f in every if f.type is bool)
+    knobs = (f for method in METHODS.values() for f in fields(method.Knobs))
+    return any(name in (flag(f.name), f"--no-{flag(f.name)[2:]}") for f in knobs if f.type is bool)
 
 
-def _first_paragraph(complaint: str) -> str:
-    """What tyro says below its title, between two rules or in a drawn box, as one line."""
-    lines = [line.strip("│| ") for line in complaint.splitlines()[1:]]
+def _first_paragraph(error: str) -> str:
+    """The text below the title of tyro's error, between two rules or in a box, as one line."""
+    lines = [line.strip("│| ") for line in error.splitlines()[1:]]
     below = dropwhile(lambda line: not line.strip("─- "), lines)
     return " ".join(takewhile(lambda line: line.strip("─- "), below)) or "the flags cannot be read"

@@ -1,4 +1,4 @@
-"""Commands about runs: train, eval, rank, select."""
+"""Commands on runs: train, eval, rank, select."""
 
 import argparse
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ def train(arguments: list[str]) -> None:
     recipe, flags = recipe_first("train", arguments)
     dry = "--dry-run" in flags
     config = parse_config(recipe, [flag for flag in flags if flag != "--dry-run"])
-    from fastssl.pretrain import pretrain  # torch and all: only once the command line is right
+    from fastssl.pretrain import pretrain  # imports torch: only for a valid command line
 
     console = Console()
 
@@ -36,13 +36,13 @@ def train(arguments: list[str]) -> None:
     _print_accuracy(console, summary["accuracy"], summary["rankme"])
     console.print(
         f"trained in {summary['train_s']:.1f} s ({summary['views_per_s']:,.0f} views/s), "
-        f"evaluated in {summary['evaluate_s']:.1f} s; everything is in {folder}",
+        f"evaluated in {summary['evaluate_s']:.1f} s; results in {folder}",
         highlight=False,
     )
 
 
 def evaluate(arguments: list[str]) -> None:
-    """`fastssl eval`: a finished run's evaluation again, or under a paper's protocol."""
+    """`fastssl eval`: repeat a finished run's evaluation, or apply a paper's protocol."""
     if not arguments:
         raise UsageError("fastssl eval takes one run folder")
     from fastssl.evaluation.probes import PROBES
@@ -51,16 +51,16 @@ def evaluate(arguments: list[str]) -> None:
     lines = "\n".join(f"  {name}: {protocol.source}" for name, protocol in PROTOCOLS.items())
     parser = Parser(
         prog="fastssl eval",
-        description="Evaluate a finished run: as it did itself, or, with any flag, under a\n"
-        "protocol and with 10 % and 1 % of the labels too. Protocols cannot be compared.\n" + lines,
+        description="Evaluate a finished run: repeat its evaluation, or, with any flag, apply a\n"
+        "protocol, with 10 % and 1 % of the labels too. Protocols are not comparable.\n" + lines,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("--protocol", choices=tuple(PROTOCOLS), help="default: neutral")
     parser.add_argument(
-        "--probe", nargs="+", choices=tuple(PROBES), default=[], help="default: the protocol's own"
+        "--probe", nargs="+", choices=tuple(PROBES), default=[], help="default: the protocol's"
     )
-    parser.add_argument("--views", type=int, help="views to average; default: the protocol's own")
+    parser.add_argument("--views", type=int, help="views to average; default: the protocol's")
     options = parser.parse_args(arguments)
     console = Console()
     if not (options.protocol or options.probe or options.views):
@@ -73,7 +73,7 @@ def evaluate(arguments: list[str]) -> None:
 
 
 def rank(arguments: list[str]) -> None:
-    """`fastssl rank`: the spectrum of a finished run."""
+    """`fastssl rank`: spectral criteria of a finished run."""
     options = _quality_parser("rank", "run").parse_args(arguments)
     from fastssl.evaluation.model_selection import measure_quality
 
@@ -85,15 +85,15 @@ def rank(arguments: list[str]) -> None:
 
 
 def select(arguments: list[str]) -> None:
-    """`fastssl select`: runs of one method in the order of each criterion."""
+    """`fastssl select`: rank runs of one method by each criterion."""
     parser = _quality_parser("select", "runs")
-    parser.add_argument("--force", action="store_true", help="runs of different methods or data")
+    parser.add_argument("--force", action="store_true", help="allow different methods or data")
     options = parser.parse_args(arguments)
     from fastssl.evaluation.model_selection import measure_quality, rank_runs, require_comparable
 
     folders = list(dict.fromkeys(options.runs))
     if len(folders) < 2:
-        raise UsageError("fastssl select compares runs: give two folders or more")
+        raise UsageError("fastssl select compares runs: pass two folders or more")
     if not options.force:
         require_comparable(folders)
     measured = [measure_quality(f, print, **_quality_options(options)) for f in folders]
@@ -143,10 +143,10 @@ def _plain(cells: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 def _print_accuracy(
     console: Console, accuracy: dict[str, dict[str, dict[str, float]]], rank: float | None
 ) -> None:
-    """The accuracy table: probe and labels per class down, kinds of features across."""
+    """Print the accuracy table: a row per probe and label count, a column per kind of features."""
     if not accuracy:
         console.print(
-            f"the data has no labels, so no accuracy; RankMe of the features {rank:.1f}",
+            f"no accuracy, since the data has no labels; RankMe of the features {rank:.1f}",
             highlight=False,
         )
         return

@@ -1,1 +1,1 @@
-"""Data sets: where the images are, their splits and labels, and the pipelines over them."""
+"""Data sets: images, splits and labels, and the pipelines over them."""

@@ -1,4 +1,4 @@
-"""A picture of a policy: each source image, its views, and what was drawn for each."""
+"""Contact sheet of a policy: source images and their views with the sampled parameters."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,14 +11,14 @@ from torch import Tensor
 from fastssl_pipelines import View
 from fastssl_pipelines.augment import Params, as_images, draw, render
 
-STEPS = "bcsh"  # brightness, contrast, saturation, hue
+JITTER_INITIALS = "bcsh"  # brightness, contrast, saturation, hue
 
 
-def draw_contact_sheet(images: Any, views: Sequence[View], seed: int, path: str | Path) -> None:
+def plot_contact_sheet(images: Any, views: Sequence[View], seed: int, path: str | Path) -> None:
     """Write a PNG to `path`: a row for each of `images`, its source and then its views.
 
-    images: a few uint8 RGB images, (M, H, W, 3) or a sequence of (H, W, 3). Under each view stands
-    what was drawn: crop (height x width @ top, left), jitter factors in their order, and flags.
+    images: a few uint8 RGB images, (M, H, W, 3) or a sequence of (H, W, 3). Under each view
+    are its parameters: crop (height x width @ top, left), jitter factors in their order, flags.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -39,19 +39,19 @@ def draw_contact_sheet(images: Any, views: Sequence[View], seed: int, path: str 
     FigureCanvasAgg(figure).print_png(str(path))
 
 
-def _show(axis: Any, picture: Tensor, words: str) -> None:
+def _show(axis: Any, picture: Tensor, caption: str) -> None:
     axis.imshow(picture.numpy(), interpolation="nearest")
-    axis.text(0.5, -0.03, words, ha="center", va="top", fontsize=6, transform=axis.transAxes)
+    axis.text(0.5, -0.03, caption, ha="center", va="top", fontsize=6, transform=axis.transAxes)
     axis.set_axis_off()
 
 
 def _describe(params: Params, i: int) -> str:
-    """What was drawn for sample i, in at most three lines."""
+    """The sampled parameters of view i, in at most three lines."""
     p = {name: float(params[name][i]) for name in ("top", "left", "height", "width", "sigma")}
     lines = [f"{p['height']:.0f} x {p['width']:.0f} @ {p['top']:.0f}, {p['left']:.0f}"]
     steps = [int(params[f"step{slot}"][i]) for slot in range(4)]
     factors = ("brightness", "contrast", "saturation", "hue")
-    jitter = [f"{STEPS[s]} {float(params[factors[s]][i]):.2f}" for s in steps if s >= 0]
+    jitter = [f"{JITTER_INITIALS[s]} {float(params[factors[s]][i]):.2f}" for s in steps if s >= 0]
     flags = [
         ("flip", params["flip"][i] > 0),
         ("gray", params["gray"][i] > 0),
@@ -59,5 +59,5 @@ def _describe(params: Params, i: int) -> str:
         ("solarize", params["solarize"][i] <= 1),
         ("erase", params["erase_height"][i] > 0),
     ]
-    lines += ["  ".join(jitter), "  ".join(name for name, on in flags if on)]
+    lines += ["  ".join(jitter), "  ".join(name for name, is_set in flags if is_set)]
     return "\n".join(filter(None, lines))

@@ -1,7 +1,7 @@
 """Data sets: images for training, labels for evaluation, read by different functions.
 
-`load_array` and `open_files` never touch a label and `load_labels` never touches a pixel, so
-training code that holds what the first two return has no way to a label.
+`load_array` and `open_files` never read a label and `load_labels` never reads a pixel, so training
+code, which gets the results of the first two, has no access to labels.
 
 Shapes: M data set, S pixels per side. Images are uint8 RGB (M, S, S, 3), labels int64 (M,).
 """
@@ -42,18 +42,18 @@ def load_array(data: str, part: Part, holdout: float) -> Images:
 
 
 def open_files(data: str, part: Part, holdout: float) -> Encoded:
-    """The images of one part as they lie in a folder, tar shards or a .beton; nothing is decoded.
+    """The encoded images of one part, in a folder, tar shards or a .beton; nothing is decoded.
 
     ValueError where the data set is an array, and where there are no images.
     """
     if not is_encoded(data):
-        raise ValueError(f"--data {data} is no folder of images: pass --engine resident with it")
+        raise ValueError(f"--data {data} is not a folder of images: pass --engine resident with it")
     path = _existing(data)
     if _is_shards(path) or path.suffix == ".beton":
         images = Beton(path) if path.suffix == ".beton" else open_encoded(path)
         return images.select(_held_out(np.arange(len(images)), part, holdout).tolist())
-    paths, names_parts = _folder_files(path, part)
-    if not names_parts:
+    paths, has_parts = _folder_files(path, part)
+    if not has_parts:
         paths = list(_held_out(np.array(paths, dtype=object), part, holdout))
     return open_encoded(paths)
 
@@ -63,7 +63,7 @@ def beton_of(
 ) -> tuple[Beton | Path, dict[str, str]]:
     """(these images in a .beton, the unreadable ones by name with the reason).
 
-    The .beton is the file they lie in, or a copy in the user's cache, JPEGs byte for byte, made
+    The .beton is the source itself, or a copy in the user's cache, JPEGs byte for byte, written
     once and without the unreadable images.
     """
     if isinstance(images, Beton):
@@ -128,14 +128,14 @@ def _existing(data: str) -> Path:
         )
     if path.is_file() and path.suffix not in (".npz", ".tar", ".beton"):
         raise ValueError(
-            f"--data {data} is a file but no .npz, .tar or .beton; pass one of these or a folder of"
+            f"--data {data} is not an .npz, .tar or .beton file; pass one of these or a folder of"
             " images"
         )
     return path
 
 
 def _held_out(rows: Any, part: Part, holdout: float) -> Any:
-    """The rows of one part; which ones are held out depends on their number, never on a seed."""
+    """The rows of one part; the split depends on the number of rows, never on a seed."""
     count = len(rows)
     held_out = round(count * holdout)
     if held_out < 1 or held_out >= count:
@@ -148,9 +148,8 @@ def _held_out(rows: Any, part: Part, holdout: float) -> Any:
 def _digits_images() -> Images:
     from sklearn.datasets import load_digits
 
-    grey = np.round(load_digits().images * (255 / 16)).astype(
-        np.uint8
-    )  # (1797, 8, 8), 0 to 16 in the original
+    images = load_digits().images  # (1797, 8, 8), 0 to 16
+    grey = np.round(images * (255 / 16)).astype(np.uint8)
     return np.repeat(grey[..., None], 3, axis=-1)
 
 
@@ -187,8 +186,8 @@ def _cifar10(data: str, part: Part) -> Any:
 
 def _npz_images(path: Path, part: Part, holdout: float) -> Images:
     with np.load(path, allow_pickle=False) as arrays:
-        own = "x_test" in arrays.files
-        key = "x_test" if own and part == "test" else "x_train"
+        has_test = "x_test" in arrays.files
+        key = "x_test" if has_test and part == "test" else "x_train"
         if key not in arrays.files:
             raise ValueError(
                 f"{path} has no array {key}; it needs x_train (M, S, S, 3), for evaluation y_train"
@@ -202,60 +201,60 @@ def _npz_images(path: Path, part: Part, holdout: float) -> Images:
         )
     if images.dtype != np.uint8:
         images = _to_uint8(images, f"{path}: {key}")
-    return images if own else _held_out(images, part, holdout)
+    return images if has_test else _held_out(images, part, holdout)
 
 
 def _to_uint8(images: NDArray[Any], name: str) -> Images:
-    """Floats in [0, 1] as uint8; anything else is refused, NaN by name."""
+    """Floats in [0, 1] as uint8; ValueError for anything else."""
     if not np.issubdtype(images.dtype, np.floating):
         raise ValueError(f"{name} is {images.dtype}; wanted uint8, or floats in [0, 1]")
     bad = ~np.isfinite(images).all(axis=(1, 2, 3))
     if bad.any():
         raise ValueError(
-            f"{name} holds NaN or Inf in {bad.sum()} images, the first at {bad.argmax()}; repair"
+            f"{name} has NaN or Inf in {bad.sum()} images, the first at {bad.argmax()}; repair it"
         )
     if images.min() < 0 or images.max() > 1:
         raise ValueError(
-            f"{name} holds floats from {images.min():g} to {images.max():g}; scale them to [0, 1]"
+            f"{name} has floats from {images.min():g} to {images.max():g}; scale them to [0, 1]"
         )
     return np.round(images * 255).astype(np.uint8)
 
 
 def _npz_labels(path: Path, part: Part, holdout: float) -> Labels | None:
     with np.load(path, allow_pickle=False) as arrays:
-        own = "x_test" in arrays.files
-        key = "y_test" if own and part == "test" else "y_train"
+        has_test = "x_test" in arrays.files
+        key = "y_test" if has_test and part == "test" else "y_train"
         if key not in arrays.files:
             return None
         labels = arrays[key].astype(np.int64).reshape(-1)
-    return labels if own else _held_out(labels, part, holdout)
+    return labels if has_test else _held_out(labels, part, holdout)
 
 
 def _folder_files(path: Path, part: Part) -> tuple[list[Path], bool]:
-    """(image files of the split, sorted; whether the folder names its splits itself)."""
+    """(image files of the split, sorted; whether the folder has a part for each split)."""
     test = next((path / name for name in TEST_FOLDERS if (path / name).is_dir()), None)
-    names_parts = test is not None and (path / "train").is_dir()
+    has_parts = test is not None and (path / "train").is_dir()
     root = path
-    if names_parts:
+    if has_parts:
         root = path / "train" if part == "train" or test is None else test
-    return find_images(root), names_parts
+    return find_images(root), has_parts
 
 
 def _folder_labels(path: Path, part: Part, holdout: float) -> Labels | None:
     """A file's class is the first folder below its split's root; classes are numbered by the
     training part."""
-    paths, names_parts = _folder_files(path, part)
-    classes = _class_names(path, _folder_files(path, "train")[0], names_parts)
-    names = _class_names(path, paths, names_parts)
+    paths, has_parts = _folder_files(path, part)
+    classes = _class_names(path, _folder_files(path, "train")[0], has_parts)
+    names = _class_names(path, paths, has_parts)
     if not all(classes):
         return None
-    if strangers := sorted(set(names) - set(classes)):
+    if unknown := sorted(set(names) - set(classes)):
         raise ValueError(
-            f"{path}: the test part has classes the training part lacks: {', '.join(strangers)}"
+            f"{path}: the test part has classes the training part lacks: {', '.join(unknown)}"
         )
     numbers = {name: k for k, name in enumerate(sorted(set(classes)))}
     labels = np.array([numbers[name] for name in names], dtype=np.int64)
-    return labels if names_parts else _held_out(labels, part, holdout)
+    return labels if has_parts else _held_out(labels, part, holdout)
 
 
 def _beton_labels(path: Path, part: Part, holdout: float) -> Labels | None:
@@ -263,8 +262,8 @@ def _beton_labels(path: Path, part: Part, holdout: float) -> Labels | None:
     return None if labels is None else _held_out(labels, part, holdout)
 
 
-def _class_names(path: Path, files: Sequence[Path], names_parts: bool) -> list[str]:
+def _class_names(path: Path, files: Sequence[Path], has_parts: bool) -> list[str]:
     """The class folder of each file, "" for a file in no class folder."""
-    depth = 1 if names_parts else 0
+    depth = 1 if has_parts else 0
     parts = [file.relative_to(path).parts[depth:-1] for file in files]
     return [part[0] if part else "" for part in parts]

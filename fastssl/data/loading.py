@@ -1,4 +1,4 @@
-"""What a run reads: its views, its data and the pipeline over them, opened once and handed over."""
+"""The views, data and pipeline of a run, opened once."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -17,16 +17,16 @@ from fastssl_pipelines.memory import require_memory
 
 
 def build_views(config: Config) -> tuple[View, ...]:
-    """The views of `config.policy`; ValueError lists the policies, or says that a policy fixes its
-    own views."""
+    """The views of `config.policy`; ValueError for an unknown policy, and where it cannot have as
+    many views."""
     views = policies.policy_views(config.policy, config.views, config.image_size)
     return tuple(replace(view, channels_last=config.channels_last) for view in views)
 
 
 @dataclass(frozen=True)
 class Data:
-    """What a run trains and is evaluated on: the training part, a pipeline over the same images in
-    the same order, and the test part, opened when it is first asked for."""
+    """The data of a run: the training part, a pipeline over the same images in the same order, and
+    the test part, opened on first access."""
 
     config: Config
     train: Split
@@ -38,7 +38,7 @@ class Data:
 
     @property
     def skipped(self) -> Mapping[str, str]:
-        """The unreadable training images met so far, by name, with the reason."""
+        """The unreadable training images found so far, by name, with the reason."""
         if isinstance(self.pipeline, StreamingPipeline):
             return {**self.train.skipped, **self.pipeline.unreadable.reasons}
         return self.train.skipped
@@ -49,8 +49,8 @@ def open_data(
 ) -> Data:
     """The data of a run and its pipeline; ValueError where a batch does not fit.
 
-    With engine resident the training images are decoded and held; with the others no more than the
-    batches in flight are ever decoded.
+    Engine resident decodes the training images into memory; the others decode no more than the
+    batches in flight.
     """
     views = build_views(config)
     needed = sum(4 * config.batch_size * 3 * view.size**2 for view in views)  # float32
@@ -94,7 +94,7 @@ def _source(
     if isinstance(split, ArraySplit):
         if engine != "resident":
             raise ValueError(
-                f"--data {config.data} is no folder of images: pass --engine resident with it"
+                f"--data {config.data} is not a folder of images: pass --engine resident with it"
             )
         return split.pixels, split
     assert isinstance(split, FileSplit)
@@ -108,7 +108,7 @@ def _source(
 
 
 def _engine_options(config: Config, engine: str) -> dict[str, Any]:
-    """The options of this engine alone."""
+    """The options of `open_pipeline` that only this engine takes."""
     if engine == "resident":
         return {}
     options: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""One part of a data set, whether it is held as an array or read from files as it is needed.
+"""One part of a data set, an array in memory or files that are read on demand.
 
 Shapes: M images of the part, N of a batch, S pixels per side. Images are uint8 RGB (N, S, S, 3).
 """
@@ -37,32 +37,34 @@ Decoded = Images | UnreadableError
 class Split(ABC):
     """The training or the test part of a run's data: its images by number, 0 to M - 1.
 
-    skipped: the unreadable images by name, with the reason; of files, those met so far.
+    skipped: the unreadable images by name, with the reason; of files, those found so far.
     """
 
-    def __init__(self, config: Config, part: Part):
-        self._config, self._part = config, part
+    def __init__(self, config: Config, part: Part, excluded: Mapping[str, str] | None):
+        self._config, self._part, self._excluded = config, part, excluded or {}
 
     @property
-    @abstractmethod
-    def skipped(self) -> Mapping[str, str]: ...
+    def skipped(self) -> Mapping[str, str]:
+        return self._excluded
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @property
-    @abstractmethod
     def total(self) -> int:
         """The number of images, all of `skipped` included."""
+        return len(self) + len(self._excluded)
 
     @abstractmethod
     def batches(self, chunks: Sequence[Tensor]) -> Iterator[tuple[Tensor, Images]]:
         """(numbers (N,), images (N, S, S, 3)) of the readable images of each chunk of numbers."""
 
-    @abstractmethod
     def labels(self) -> Tensor | None:
         """The label of every image (M,) int64, None where the data has none. For evaluation and
         oracles only."""
+        config = self._config
+        found = load_labels(config.data, self._part, config.holdout, skipped=self._excluded)
+        return None if found is None else torch.from_numpy(found[: len(self)])
 
     def chunks(self, size: int, chosen: Tensor | None = None) -> tuple[Tensor, ...]:
         """The numbers of all images, or the chosen ones, `size` at a time."""
@@ -75,57 +77,40 @@ class ArraySplit(Split):
     def __init__(
         self, config: Config, part: Part, pixels: Images, skipped: Mapping[str, str] | None = None
     ):
-        super().__init__(config, part)
-        self.pixels, self._skipped = pixels, skipped or {}
-
-    @property
-    def skipped(self) -> Mapping[str, str]:
-        return self._skipped
+        super().__init__(config, part, skipped)
+        self.pixels = pixels
 
     def __len__(self) -> int:
         return len(self.pixels)
-
-    @property
-    def total(self) -> int:
-        return len(self.pixels) + len(self._skipped)
 
     def batches(self, chunks: Sequence[Tensor]) -> Iterator[tuple[Tensor, Images]]:
         for numbers in chunks:
             yield numbers, self.pixels[numbers.numpy()]
 
-    def labels(self) -> Tensor | None:
-        config = self._config
-        found = load_labels(config.data, self._part, config.holdout, skipped=self._skipped)
-        return None if found is None else torch.from_numpy(found[: len(self)])
-
 
 class FileSplit(Split):
-    """Images that are decoded when they are asked for, to squares of `load_size`, and not kept.
+    """Images that are decoded on demand, to squares of `load_size`, and not cached.
 
-    excluded: unreadable images that `files` does not hold, by name, with the reason.
+    excluded: unreadable images that `files` does not contain, by name, with the reason.
     """
 
     def __init__(
         self, config: Config, part: Part, files: Encoded, excluded: Mapping[str, str] | None = None
     ):
-        super().__init__(config, part)
-        self.files, self._excluded = files, excluded or {}
-        self._met = UnreadableImages(len(files), config.on_corrupt, config.corrupt_quota)
+        super().__init__(config, part, excluded)
+        self.files = files
+        self._unreadable = UnreadableImages(len(files), config.on_corrupt, config.corrupt_quota)
 
     @property
     def skipped(self) -> Mapping[str, str]:
-        return {**self._excluded, **self._met.reasons}
+        return {**self._excluded, **self._unreadable.reasons}
 
     def __len__(self) -> int:
         return len(self.files)
 
-    @property
-    def total(self) -> int:
-        return len(self.files) + len(self._excluded)
-
     def batches(self, chunks: Sequence[Tensor]) -> Iterator[tuple[Tensor, Images]]:
         threads = os.cpu_count() or 1
-        with ThreadPoolExecutor(threads) as pool:  # Pillow decodes without the lock
+        with ThreadPoolExecutor(threads) as pool:  # Pillow decodes without the GIL
 
             def start(number: int) -> Future[Decoded]:
                 return pool.submit(self._decode, number)
@@ -134,11 +119,6 @@ class FileSplit(Split):
             decoded = prefetch(numbers, start, lambda future: future.result(), 4 * threads)
             for chunk in chunks:
                 yield self._readable(chunk, decoded)
-
-    def labels(self) -> Tensor | None:
-        config = self._config
-        found = load_labels(config.data, self._part, config.holdout, skipped=self._excluded)
-        return None if found is None else torch.from_numpy(found[: len(self)])
 
     def _decode(self, number: int) -> Decoded:
         try:
@@ -155,7 +135,7 @@ class FileSplit(Split):
         for number in chunk.tolist():
             result = next(decoded)
             if isinstance(result, UnreadableError):
-                self._met.add(self.files.names[number], str(result))
+                self._unreadable.add(self.files.names[number], str(result))
             else:
                 pixels[len(numbers)] = result
                 numbers.append(number)
@@ -163,32 +143,34 @@ class FileSplit(Split):
 
 
 def open_split(config: Config, part: Part, *, hold: bool = False) -> Split:
-    """One part of the run's data. An array is held as it is; files are read when they are asked
-    for, or with `hold` decoded now and held."""
+    """One part of the run's data: an array in memory, or files that are decoded on demand, or with
+    `hold` now and held in memory."""
     count = config.train_images or None if part == "train" else None
     if not is_encoded(config.data):
         return ArraySplit(config, part, load_array(config.data, part, config.holdout)[:count])
     files = open_files(config.data, part, config.holdout)
     if hold:
-        return _held(config, part, FileSplit(config, part, files), count)
+        return _decode_all(config, part, FileSplit(config, part, files), count)
     return FileSplit(config, part, files.select(range(len(files))[:count]))
 
 
-def _held(config: Config, part: Part, split: FileSplit, count: int | None) -> ArraySplit:
+def _decode_all(config: Config, part: Part, split: FileSplit, count: int | None) -> ArraySplit:
     """The first `count` readable images of `split`, decoded."""
     size = config.load_size
-    most = min(count or len(split), len(split))
+    limit = min(count or len(split), len(split))
     require_memory(
-        most * size * size * 3, f"holding {most} images of {size} px", "lower --load-size"
+        limit * size * size * 3, f"holding {limit} images of {size} px", "lower --load-size"
     )
-    pixels = np.empty((most, size, size, 3), np.uint8)
+    pixels = np.empty((limit, size, size, 3), np.uint8)
     filled = 0
     for numbers, images in split.batches(split.chunks(256)):
-        taken = min(len(numbers), most - filled)
+        taken = min(len(numbers), limit - filled)
         pixels[filled : filled + taken] = images[:taken]
         filled += taken
-        if filled == most:
+        if filled == limit:
             break
     if not filled:
-        raise ValueError(f"none of {len(split)} images can be read; `fastssl doctor` says why")
+        raise ValueError(
+            f"none of {len(split)} images can be read; `fastssl doctor` lists the reasons"
+        )
     return ArraySplit(config, part, pixels[:filled], split.skipped)

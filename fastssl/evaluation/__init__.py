@@ -1,1 +1,1 @@
-"""How good frozen features are: probes, protocols, spectra; during a run and after it."""
+"""Evaluation of frozen features, during a run and after it: probes, protocols, spectra."""

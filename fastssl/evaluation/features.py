@@ -1,7 +1,7 @@
-"""Features of a data set, a batch at a time: what every probe, spectrum and protocol looks at.
+"""Feature extraction, a batch at a time, for probes, spectra and protocols.
 
 Images are read, turned into one centre view and passed through a network batch by batch, over all
-ranks where there are several; no more than the batches in flight are ever decoded.
+ranks; no more than the batches in flight are decoded.
 
 Shapes: M images of a part, N batch, F features, S pixels per side.
 """
@@ -38,8 +38,8 @@ def extract(
     """Each of `functions` on the readable images of `split`, or on the chosen ones: (their numbers
     (M,) int64, name -> (M, F)).
 
-    A collective call: each rank takes its share of the batches, rank 0 gets the whole, in the order
-    of a single process, and the others nothing.
+    A collective call: each rank takes its share of the batches; rank 0 returns all rows, in the
+    order of a single process, the others none.
     """
     chunks = split.chunks(BATCH, chosen)[ranks.rank :: ranks.world]
     found: list[tuple[Tensor, dict[str, Tensor]]] = []
@@ -47,17 +47,17 @@ def extract(
         if len(numbers):
             found.append((numbers, {name: f(images) for name, f in functions.items()}))
     gathered = ranks.gather_to_main(found)
-    parts = _in_turn(gathered) if gathered else []
+    parts = _interleave(gathered) if gathered else []
     if not parts:
         return torch.empty(0, dtype=torch.int64), {}
     numbers = torch.cat([part for part, _ in parts])
     return numbers, {name: torch.cat([rows[name] for _, rows in parts]) for name in functions}
 
 
-def _in_turn(of_ranks: list[list[Item]]) -> list[Item]:
+def _interleave(by_rank: list[list[Item]]) -> list[Item]:
     """The first of every rank, then the second of every rank, and so on."""
-    longest = max(len(items) for items in of_ranks)
-    return [items[k] for k in range(longest) for items in of_ranks if k < len(items)]
+    longest = max(len(items) for items in by_rank)
+    return [items[k] for k in range(longest) for items in by_rank if k < len(items)]
 
 
 def centre_features(config: Config, backbone: nn.Module, images: Images) -> Tensor:

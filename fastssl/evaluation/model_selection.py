@@ -1,5 +1,5 @@
-"""How a finished run looks without labels: the spectrum of its features and embeddings; and runs of
-one method in the order of each criterion.
+"""Label-free model selection: the spectrum of a finished run's features and embeddings, and the
+ranking of runs of one method by each criterion.
 
 Shapes: M samples, F features, D embedding, Q views.
 """
@@ -27,8 +27,8 @@ LIDAR_IMAGES, LIDAR_VIEWS = 1000, 50  # arXiv:2312.04000, section 4
 FILE = "rank.json"
 
 Criteria = dict[str, float]  # "rankme" | "effective_rank" | "alpha_req" | "lidar" -> value
-# what is better, as a key to sort by; alpha-ReQ's good features have alpha near 1
-BETTER: dict[str, Callable[[float], float]] = {
+# sort keys, the best run first; good features have alpha-ReQ near 1
+SORT_KEYS: dict[str, Callable[[float], float]] = {
     "rankme": lambda value: -value,
     "effective_rank": lambda value: -value,
     "alpha_req": lambda value: abs(value - 1),
@@ -37,8 +37,8 @@ BETTER: dict[str, Callable[[float], float]] = {
 CAVEAT = (
     "Compares runs of one method on one data set; a high rank is necessary, not sufficient. "
     "RankMe's rank correlation with the probe was 0.32 on VICReg, LiDAR's 0.92 (arXiv:2312.04000); "
-    "picked by RankMe, DINO's learning rate was the worst of its pool, 63.6 of 63.6 to 69.1 "
-    "(IdEst). Rank inflates early in training: do not stop a run by it."
+    "selected by RankMe, DINO's learning rate was the worst of its pool, 63.6 of 63.6 to 69.1 "
+    "(IdEst). Rank inflates early in training: do not use it for early stopping."
 )
 
 
@@ -51,7 +51,7 @@ def measure_quality(
     views: int = LIDAR_VIEWS,
 ) -> dict[str, Criteria]:
     """{"features": Criteria, "embeddings": Criteria} of a finished run on its training images,
-    without "embeddings" where the method has no projector; kept in the folder's rank.json.
+    without "embeddings" where the method has no projector; cached in the folder's rank.json.
 
     RankMe, effective rank and alpha-ReQ of the centre view of up to `samples` images; LiDAR of
     `views` augmented views of up to `images`. Reads no labels. ValueError where `views` is below 2.
@@ -66,9 +66,9 @@ def measure_quality(
         return _from_json(cached["quality"])
     run = load_trained_run(folder, log)
     split = open_split(run.config, "train")
-    everything = torch.arange(len(split))
-    centre = run.centre_features(split, everything[:samples])  # (M, F)
-    found = run.view_features(split, views, run.backbone, everything[:images])
+    numbers = torch.arange(len(split))
+    centre = run.centre_features(split, numbers[:samples])  # (M, F)
+    found = run.view_features(split, views, run.backbone, numbers[:images])
     augmented = torch.cat([rows for _, rows in found])  # (M, V, F)
     quality = {"features": _criteria(centre, augmented)}
     if run.projector is not None:
@@ -118,12 +118,12 @@ def require_comparable(folders: Sequence[Path]) -> None:
         if len(by_value) > 1:
             found = ", ".join(f"{value} ({name})" for value, name in by_value.items())
             raise ValueError(
-                f"the runs differ in --{knob}: {found}; no criterion compares those; choose runs "
-                "of one, or pass --force"
+                f"the runs differ in --{knob}: {found}; no criterion compares those; pass runs "
+                "of one, or --force"
             )
 
 
 def rank_runs(values: Sequence[float], criterion: str) -> list[int]:
     """The rank of each run by one criterion, 1 the best; equal values share a rank."""
-    keys = [BETTER[criterion](value) for value in values]
+    keys = [SORT_KEYS[criterion](value) for value in values]
     return [1 + sum(other < key for other in keys) for key in keys]

@@ -1,6 +1,6 @@
-"""The online kNN probe: how good the backbone is while it trains, by kNN on its features.
+"""Online kNN probe: accuracy of the backbone's features during training.
 
-Labels serve its accuracy alone. Its time is not training time.
+Labels are used for its accuracy only. Its time is not training time.
 """
 
 import json
@@ -15,14 +15,14 @@ from fastssl.data.splits import Split
 from fastssl.distributed import SINGLE_PROCESS, Ranks
 from fastssl.evaluation.features import centre_features, extract
 from fastssl.evaluation.probes import knn_accuracy
-from fastssl.runtime.metrics_log import keep_until, read_metrics
+from fastssl.runtime.metrics_log import read_metrics, truncate_after
 from fastssl.schedule import TrainState
 
 IMAGES = 10_000  # of each part, at most
 
 
 class OnlineKNN:
-    """kNN accuracy of a backbone on the test part; each is a line of `path`: step, train_s, knn.
+    """kNN accuracy of a backbone on the test part, appended to `path`: step, train_s, knn.
 
     ValueError where the data has no labels.
     """
@@ -36,14 +36,13 @@ class OnlineKNN:
         self._path, self._config, self._ranks = path, config, ranks
         self._parts = [(train, labels[0]), (test, labels[1])]
 
-    def forget_after(self, step: int) -> None:
+    def truncate_after(self, step: int) -> None:
         """Drop the accuracies after `step`: a resumed run measures them again."""
-        keep_until(self._path, step)
+        truncate_after(self._path, step)
 
     def __call__(self, backbone: nn.Module, state: TrainState) -> float:
-        """Share of test images whose neighbours name them right; a collective call, 0 on all ranks
-        but rank 0."""
-        random = torch.get_rng_state()  # probing must not change what training draws
+        """Accuracy on the test images; a collective call, 0 on all ranks but rank 0."""
+        random = torch.get_rng_state()  # probing must not change the random numbers of training
         self._ranks.broadcast_buffers(backbone)  # running statistics differ from rank to rank
         features = [self._features(backbone, split, labels) for split, labels in self._parts]
         torch.set_rng_state(random)
@@ -64,7 +63,7 @@ class OnlineKNN:
         return knn
 
     def _features(self, backbone: nn.Module, split: Split, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Centre-view features and labels of up to IMAGES images; nothing but on rank 0."""
+        """Centre-view features and labels of up to IMAGES images; empty on all ranks but rank 0."""
         chosen = torch.arange(0, len(split), max(1, len(split) // IMAGES))
         function = partial(centre_features, self._config, backbone)
         numbers, rows = extract(split, {"centre": function}, chosen=chosen, ranks=self._ranks)

@@ -1,7 +1,7 @@
-"""How good frozen features are: kNN and linear probes, with all labels and with few.
+"""Evaluate frozen features: kNN and linear probes, with all labels and with few.
 
 One neutral protocol for every method: one centre view, the backbone's features, no fine-tuning;
-`protocols.py` has the papers' own. Features are extracted once and shared by all probes.
+`protocols.py` has those of the papers. Features are extracted once and shared by all probes.
 
 Shapes: M data set, F features, K classes.
 """
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-# labels for training a probe: so many per class, "1%" of each class, or all
+# labels for training a probe: a number per class, "1%" of each class, or None for all
 LabelBudget = int | str | None
 LABELS_PER_CLASS: tuple[LabelBudget, ...] = (None, 10, 5, 1)
 ALL_LABELS: tuple[LabelBudget, ...] = (None, "10%", "1%", 10, 5, 1)
@@ -25,7 +25,7 @@ ALL_LABELS: tuple[LabelBudget, ...] = (None, "10%", "1%", 10, 5, 1)
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Share of test images classified right, and its deviation over draws of the labels."""
+    """Mean accuracy on the test images, and its standard deviation over samples of the labels."""
 
     mean: float
     std: float = 0.0
@@ -42,19 +42,19 @@ def knn_accuracy(
 ) -> float:
     """Accuracy of the k nearest neighbours by cosine, each voting with exp(cosine / temperature).
 
-    (M, F), (M,), (M', F), (M',) -> share of test images right. Protocol of arXiv:1805.01978.
+    (M, F), (M,), (M', F), (M',) -> accuracy. Protocol of arXiv:1805.01978.
     """
     train, test = functional.normalize(train), functional.normalize(test)
     k = min(k, len(train))
     classes = int(train_labels.max()) + 1
-    right = 0
+    correct = 0
     for rows, labels in zip(test.split(1024), test_labels.split(1024), strict=True):
         cosine, neighbours = (rows @ train.T).topk(k)
         votes = torch.zeros(len(rows), classes).scatter_add_(
             1, train_labels[neighbours], ((cosine - 1) / temperature).exp()
         )
-        right += int((votes.argmax(1) == labels).sum())
-    return right / len(test)
+        correct += int((votes.argmax(1) == labels).sum())
+    return correct / len(test)
 
 
 def linear_probe(
@@ -115,7 +115,7 @@ def ridge_probe(features: Tensor, labels: Tensor, *, alpha: float = 1.0) -> tupl
 
 @dataclass(frozen=True, kw_only=True)
 class SGDSettings:
-    """Settings of `sgd_probe`: those that papers name."""
+    """Settings of `sgd_probe`, as papers report them."""
 
     optimizer: Literal["sgd", "adam"] = "sgd"
     lr: float
@@ -124,7 +124,7 @@ class SGDSettings:
     momentum: float = 0.9  # of SGD
     weight_decay: float = 0.0
     label_smoothing: float = 0.0
-    cosine: bool = False  # the learning rate falls to 0 over the epochs; else it stays
+    cosine: bool = False  # decay of the learning rate to 0; else it is constant
 
 
 NEUTRAL_SGD = SGDSettings(lr=0.1, epochs=100, batch_size=256, cosine=True)
@@ -170,7 +170,7 @@ def sgd_probe(
 @dataclass(frozen=True)
 class Probe:
     """A linear probe: `fit` (features, labels) -> (weight, bias), on features standardised by the
-    mean and deviation of all training features, which needs no labels, or on them as they are."""
+    mean and deviation of all training features, which needs no labels, or on raw features."""
 
     fit: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
     standardised: bool = True
@@ -191,7 +191,7 @@ def linear_probe_accuracy(
     test_labels: Tensor,
     probe: Probe = PROBES["lbfgs"],
 ) -> float:
-    """Share of test images that the probe, fitted on the training features, gets right."""
+    """Accuracy on the test features of the probe fitted on the training features."""
     weight, bias = probe.fit(train, train_labels)
     return float(((test @ weight.T + bias).argmax(1) == test_labels).float().mean())
 
@@ -229,9 +229,7 @@ def evaluate_features(
     """{"linear_all", "knn_all", "linear_10", "knn_10", ..., "knn_1"} -> Accuracy: for each entry of
     `labels`, each of `probes` under its name there, and kNN."""
     mean, std = train.mean(0), train.std(0)
-    scale = torch.where(
-        std > 1e-6 * std.max(), std, torch.inf
-    )  # a constant feature says nothing: 0
+    scale = torch.where(std > 1e-6 * std.max(), std, torch.inf)  # constant features become 0
     unit = (train - mean) / scale, (test - mean) / scale
     plain = train, test
     table = {}

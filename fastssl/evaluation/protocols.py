@@ -1,8 +1,8 @@
-"""The protocols under which papers report accuracy, each by name, on a finished run.
+"""Evaluation protocols of papers, by name, on a finished run.
 
-Numbers of different protocols cannot be compared: an average over 128 patches of a 4,096-wide layer
-beats one centre view of the backbone by points. Every run reports `neutral`; the others are for
-standing beside their paper. All score the last epoch.
+Accuracies of different protocols are not comparable: an average over 128 patches of a 4,096-wide
+layer beats one centre view of the backbone by points. Every run reports `neutral`; the others are
+for comparison with their papers. All evaluate the last epoch.
 
 Shapes: M data set, F features.
 """
@@ -45,8 +45,8 @@ Table = dict[str, dict[str, Accuracy]]
 
 @dataclass(frozen=True)
 class Protocol:
-    """What is averaged (`views` of the training policy, the centre view among them or not, on the
-    backbone's features or on the projector's first layer after its ReLU) and probed how."""
+    """Features averaged over `views` of the training policy, with or without the centre view, of
+    the backbone or of the projector's first layer after its ReLU; and the probe on them."""
 
     source: str
     views: int = 1
@@ -59,8 +59,8 @@ PROTOCOLS: dict[str, Protocol] = {
     "neutral": Protocol("one centre view, the backbone's features; L-BFGS"),
     "multiview": Protocol(
         "arXiv:2312.10725: the image and 15 augmented views, averaged; Adam 1e-3, 200 epochs, "
-        "batch 512, label smoothing 0.1 (of 50,000 images; on a few thousand too few steps: take "
-        "--probe lbfgs)",
+        "batch 512, label smoothing 0.1 (for 50,000 images; too few steps on a few thousand: "
+        "use --probe lbfgs)",
         views=16,
         probe=Probe(
             partial(
@@ -149,7 +149,7 @@ def evaluate_run(
     probes: Mapping[str, Probe] = NEUTRAL,
     labels_used: Sequence[LabelBudget] = LABELS_PER_CLASS,
 ) -> tuple[Table, float]:
-    """`score` of a finished run, from its folder alone."""
+    """`score` of a finished run, from its folder."""
     config = read_config(folder)
     train, test = open_split(config, "train"), open_split(config, "test")
     features = run_features(config, folder, train, test)
@@ -165,7 +165,7 @@ def evaluate_protocol(
     views: int | None = None,
 ) -> Table:
     """The accuracy table of a finished run under a protocol, with all labels, 10 %, 1 %, and 10, 5,
-    1 per class. probes: names of PROBES; by default the protocol's own. views: other than its own.
+    1 per class. probes: names of PROBES; by default the protocol's. views: replaces its number.
 
     ValueError where the data has no labels, where views do not fit the protocol, or where it probes
     a projector and the method has none.
@@ -225,8 +225,8 @@ def _chosen(protocol: Protocol, probes: tuple[str, ...]) -> Mapping[str, Probe]:
     return {"linear": protocol.probe}
 
 
-def _require_labels(there: bool, folder: Path) -> None:
-    if not there:
+def _require_labels(available: bool, folder: Path) -> None:
+    if not available:
         raise ValueError(
             f"the data of {folder} has no labels, so no probe can be trained; "
             f"`fastssl rank {folder}` needs none"
@@ -234,7 +234,7 @@ def _require_labels(there: bool, folder: Path) -> None:
 
 
 def _network(protocol: Protocol, run: TrainedRun, name: str) -> Network:
-    """Views (N, 3, S, S) -> what the protocol averages (N, F)."""
+    """The network that the protocol averages: views (N, 3, S, S) -> (N, F)."""
     if not protocol.projector_layer:
         return run.backbone
     if run.projector is None or len(run.projector) < 3:
@@ -249,7 +249,7 @@ def _average(
     run: TrainedRun, split: Split, network: Network, views: int, centre: bool
 ) -> tuple[Tensor, Tensor]:
     """The numbers (M,) of the readable images of `split`, and the mean of their features over views
-    (M, F); the centre view is one of them, or not."""
+    (M, F), with or without the centre view."""
     augmented = views - 1 if centre else views
     found = list(run.view_features(split, augmented, network))
     numbers = torch.cat([part for part, _ in found])

@@ -1,7 +1,7 @@
 """Label-free quality of features and embeddings, from their spectrum: RankMe, effective rank,
 alpha-ReQ, LiDAR.
 
-Each compares runs of ONE method on one data set. None says anything between methods, and a high
+Each compares runs of ONE method on one data set. None compares methods, and a high
 rank is necessary for good features, not sufficient (arXiv:2210.02885). On VICReg after 100 epochs
 RankMe's rank correlation with the probe was 0.32, LiDAR's 0.92 (arXiv:2312.04000).
 
@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-RANKME_SAMPLES = 25_600  # enough, says arXiv:2210.02885, appendix G
-CONSTANT = 1e-6  # what varies by less than this share of its size is constant: float32's rounding
-NULL = 1e-12  # an eigenvalue below this share of the largest is rounding
+RANKME_SAMPLES = 25_600  # enough according to arXiv:2210.02885, appendix G
+CONSTANT = 1e-6  # relative variation that counts as constant: rounding in float32
+NULL = 1e-12  # eigenvalues below this fraction of the largest are rounding
 FIT_RANKS = (4, 100)  # alpha-ReQ: first and last eigenvalue of the fit
 
 
 class SpectrumWarning(UserWarning):
-    """A spectrum was measured, and means less than its reader may think."""
+    """A criterion was computed, but is less informative than its value suggests."""
 
 
 def rankme(z: Tensor, eps: float = 1e-7) -> float:
@@ -36,8 +36,8 @@ def rankme(z: Tensor, eps: float = 1e-7) -> float:
     if len(z) < z.shape[1]:
         warnings.warn(
             f"RankMe of {len(z)} samples in {z.shape[1]} dimensions: the samples bound it by "
-            f"{len(z)}, so it says how many there are as much as how good they are; measure on "
-            f"{10 * z.shape[1]} samples or more, and compare only runs measured on as many",
+            f"{len(z)}; measure on {10 * z.shape[1]} samples or more, and compare only runs with "
+            "as many",
             SpectrumWarning,
             stacklevel=2,
         )
@@ -154,4 +154,4 @@ def _check(z: Tensor, name: str) -> None:
 
 def _require_finite(z: Tensor, name: str) -> None:
     if not torch.isfinite(z).all():
-        raise ValueError(f"{name}: z holds NaN or infinite values, whose spectrum means nothing")
+        raise ValueError(f"{name}: z has NaN or infinite values, so its spectrum is undefined")

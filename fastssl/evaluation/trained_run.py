@@ -23,7 +23,7 @@ from fastssl.runtime.run_dir import read_config
 from fastssl_pipelines import View
 from fastssl_pipelines.augment import as_images, views_of
 
-EPOCH = 2**32 - 1  # of the views drawn here; no training reaches it
+EPOCH = 2**32 - 1  # of the views sampled here; training never reaches it
 VIEWS_AT_ONCE = 512
 PREFIX = "objective.projector."
 
@@ -46,7 +46,7 @@ class TrainedRun:
         return extract(split, {"centre": function}, chosen=chosen)[1]["centre"]
 
     def training_views(self, count: int) -> tuple[View, ...]:
-        """`count` views of the run's policy, its own in turn."""
+        """`count` views of the run's policy, repeated in order."""
         return tuple(islice(cycle(build_views(self.config)), count))
 
     @torch.no_grad()
@@ -66,7 +66,7 @@ class TrainedRun:
 
 
 def load_trained_run(folder: Path, log: Callable[[str], None]) -> TrainedRun:
-    """The networks of a run's folder. FileNotFoundError where it has not finished its pretraining;
+    """The networks of a run's folder. FileNotFoundError where it has not finished pretraining;
     damaged checkpoints are logged."""
     config = read_config(folder)
     device = choose_device(config.device)

@@ -1,4 +1,4 @@
-"""The methods, one per file, and the one place where they are chosen by name."""
+"""The methods, one per file, and their selection by name."""
 
 from dataclasses import fields, replace
 from typing import Any
@@ -66,18 +66,18 @@ def complete(config: Config) -> Config:
 def configured(config: Config, **changes: Any) -> Config:
     """`complete(config)` with fields of `Config` or knobs of its method changed, by name.
 
-    Where `method` changes, the new method takes over the knobs that both have.
+    Where `method` changes, the knobs that both methods have are carried over.
     """
-    own = knob_names(Config)
-    config = replace(config, **{k: v for k, v in changes.items() if k in own})
-    knobs = {k: v for k, v in changes.items() if k not in own}
+    settings = knob_names(Config)
+    config = replace(config, **{k: v for k, v in changes.items() if k in settings})
+    knobs = {k: v for k, v in changes.items() if k not in settings}
     method = method_class(config.method)
     known = knob_names(method.Knobs)
     if unknown := sorted(set(knobs) - known):
         raise ValueError(f"{config.method} has no knob {', '.join(unknown)}")
-    kept = {field.name: getattr(config.objective, field.name) for field in fields(config.objective)}
-    kept = {name: value for name, value in kept.items() if name in known}
-    return complete(replace(config, objective=method.Knobs(**(kept | knobs))))
+    shared = [field.name for field in fields(config.objective) if field.name in known]
+    carried_over = {name: getattr(config.objective, name) for name in shared}
+    return complete(replace(config, objective=method.Knobs(**(carried_over | knobs))))
 
 
 def build_objective(
@@ -91,17 +91,17 @@ def build_objective(
     """The objective that `config.method` names, for a backbone of `features` outputs and M =
     `num_samples` images; with an oracle, PAL's form of it; over the ranks of `group`.
 
-    ValueError for a method that ranks cannot share, and where `--oracle` asks for an oracle and
-    none is given, or the other way round.
+    ValueError for a method that does not support several ranks, and where `oracle` does not match
+    `--oracle`.
     """
     config = complete(config)
     if (oracle is not None) != uses_oracle(config):
-        asked = getattr(config.objective, "oracle", "none")
+        name = getattr(config.objective, "oracle", "none")
         given = "one is given" if oracle is not None else "none is given"
-        raise ValueError(f"--oracle is {asked}, but {given}; build_oracle makes the one it names")
+        raise ValueError(f"--oracle is {name}, but {given}; use build_oracle")
     if oracle is not None and oracle.num_samples != num_samples:
         raise ValueError(
-            f"the oracle knows {oracle.num_samples} images, the data set has {num_samples}"
+            f"the oracle covers {oracle.num_samples} images, the data set has {num_samples}"
         )
     objective = METHODS[config.method].from_config(
         config, config.objective, features=features, num_samples=num_samples, group=group

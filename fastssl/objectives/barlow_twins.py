@@ -1,4 +1,4 @@
-"""Barlow Twins (arXiv:2103.03230): embeddings of two or more views, alike and decorrelated.
+"""Barlow Twins (arXiv:2103.03230): invariant and decorrelated embeddings of views.
 
     L = sum_i (C_ii - 1)^2 + lambd sum_{i != j} C_ij^2
 
@@ -21,10 +21,10 @@ from fastssl_kernels import barlow_twins_loss
 
 @dataclass(frozen=True)
 class BarlowTwinsKnobs(OracleKnobs, ProjectorKnobs):
-    """Of Barlow Twins, arXiv:2103.03230."""
+    """Knobs of Barlow Twins, arXiv:2103.03230."""
 
     lambd: float | None = None
-    """Weight of the off-diagonal; by default the tuned one of arXiv:2312.10725 for width and views,
+    """Weight of the off-diagonal; by default that tuned in arXiv:2312.10725 for width and views,
     which falls as 1 / width (the first paper's is 0.0051 at width 8192)."""
     pairing: Literal["pairs", "mean"] = "pairs"
     """More than two views: all pairs, or each view with the mean (arXiv:2312.10725)."""
@@ -63,10 +63,11 @@ class BarlowTwins(GraphObjective):
         )
 
     def graph_loss(self, embeddings: Sequence[Tensor], p: Tensor) -> Tensor:
-        """The penalty on C = h^T P h / n, columns of h standardised; writes C (D, D)."""
+        """The penalty on C = h^T P h / n, columns of h standardised; allocates C (D, D)."""
         eps = 1e-5
         standard = [(v - v.mean(0)) / (v.var(0, unbiased=False) + eps).sqrt() for v in embeddings]
         h = torch.cat(standard)
         c = h.T @ (p.to(h.dtype) @ h) / len(h)
-        on = c.diagonal()
-        return (on - 1).square().sum() + self.lambd * (c.square().sum() - on.square().sum())
+        diagonal = c.diagonal()
+        invariance = (diagonal - 1).square().sum()
+        return invariance + self.lambd * (c.square().sum() - diagonal.square().sum())

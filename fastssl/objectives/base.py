@@ -1,4 +1,4 @@
-"""What an objective is: a head and a loss over the features of each view. It never sees labels.
+"""Base classes of objectives: a head and a loss of the features of each view, without labels.
 
 Shapes: N batch, F features, D embedding, V views, n = V N rows.
 """
@@ -16,7 +16,7 @@ class Objective(nn.Module):
     """`forward(features, index)`: V tensors (N, F) and the images' indices (N,) -> scalars, "loss"
     among them.
 
-    `group`: the process group whose ranks' batches the loss takes as one; None for one process.
+    `group`: the process group over whose batches the loss is taken; None for one process.
     """
 
     paper: ClassVar[str]
@@ -29,7 +29,7 @@ class Objective(nn.Module):
     min_views: ClassVar[int] = 2
     max_views: ClassVar[int] = 16
     anti_collapse: ClassVar[tuple[str, ...]] = ()
-    """The knobs that weigh what keeps images, or dimensions, apart."""
+    """The knobs that weigh the terms against collapse."""
 
     group: Any = None
 
@@ -49,7 +49,7 @@ class Objective(nn.Module):
         """Set the learning rate of the next step (used by heads with a fused optimizer)."""
 
     def sharded_names(self) -> list[str]:
-        """Parameters and buffers of which each rank holds its own shard."""
+        """The names of the parameters and buffers that are sharded over ranks."""
         return []
 
     def forward(self, features: Sequence[Tensor], index: Tensor) -> dict[str, Tensor]:
@@ -58,7 +58,7 @@ class Objective(nn.Module):
 
 @dataclass(frozen=True)
 class ProjectorKnobs(Knobs):
-    """Of every method with a projector."""
+    """Knobs of every method with a projector."""
 
     projector_width: int = 8192
     """Hidden and output width of the projector; 8192 is Barlow Twins' and VICReg's choice, 4096
@@ -83,7 +83,7 @@ class ProjectorKnobs(Knobs):
 
 
 class ProjectedObjective(Objective):
-    """A projector, then `loss` of the embeddings: all that a method without further state needs."""
+    """A projector and `loss` of the embeddings, for methods without further state."""
 
     def __init__(self, features: int, knobs: ProjectorKnobs):
         super().__init__()
@@ -113,7 +113,7 @@ class GraphObjective(ProjectedObjective):
 
 def graph_distance(z: Tensor, p: Tensor) -> Tensor:
     """mean_i sum_j P_ij |z_i - z_j|^2 of rows (n, D), weights (n, n) -> ()"""
-    z, p = z - z.mean(0), p.to(z.dtype)  # centred, so that less cancels
+    z, p = z - z.mean(0), p.to(z.dtype)  # centred, against cancellation
     square = z.square().sum(1)
     return (square + p @ square - 2 * (z * (p @ z)).sum(1)).mean()
 

@@ -1,4 +1,4 @@
-"""The weight of decorrelation that goes with a projector's width and the number of views.
+"""Default weights of decorrelation by the projector's width and the number of views.
 
 From the runs behind arXiv:2312.10725 (configs and sweeps in its repository, CIFAR-10, ResNet-50):
 the smaller the projector, the stronger the constraint, about as 1 / width.
@@ -7,7 +7,7 @@ the smaller the projector, the stronger the constraint, about as 1 / width.
 import bisect
 import math
 
-# Barlow Twins' lambd by (least views, width). Its code standardises each column and sums over all
+# Barlow Twins' lambd by (minimum views, width). Its code standardises each column and sums over all
 # off-diagonal entries as ours does, so the weight means the same. Two views: the sweep over widths.
 LAMBD: dict[int, dict[int, float]] = {
     2: {
@@ -30,15 +30,15 @@ VICREG: dict[int, float] = {256: 25.0, 8192: 750.0}
 
 def default_lambd(width: int, views: int) -> float:
     """Barlow Twins' off-diagonal weight for a projector of `width` and that many views."""
-    return _between(LAMBD[max(least for least in LAMBD if least <= max(views, 2))], width)
+    return _interpolate(LAMBD[max(least for least in LAMBD if least <= max(views, 2))], width)
 
 
 def default_cov_coeff(width: int, sim_coeff: float) -> float:
     """VICReg's covariance weight for a projector of `width`, beside the invariance weight given."""
-    return sim_coeff * _between({d: 1 / weight for d, weight in VICREG.items()}, width)
+    return sim_coeff * _interpolate({d: 1 / weight for d, weight in VICREG.items()}, width)
 
 
-def _between(table: dict[int, float], width: int) -> float:
+def _interpolate(table: dict[int, float], width: int) -> float:
     """The table's value at `width`: a power law between its widths, 1 / width outside them."""
     widths = sorted(table)
     if width <= widths[0] or width >= widths[-1]:

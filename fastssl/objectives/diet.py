@@ -20,7 +20,7 @@ from fastssl_kernels import DIETHead
 
 @dataclass(frozen=True)
 class DIETKnobs(Knobs):
-    """Of DIET, arXiv:2302.10260. It has no projector."""
+    """Knobs of DIET, arXiv:2302.10260. It has no projector."""
 
     label_smoothing: float = 0.8
     """Label smoothing of the cross-entropy (arXiv:2302.10260)."""
@@ -28,7 +28,7 @@ class DIETKnobs(Knobs):
     """Update the head inside backward, so that its gradient is never stored; the rule is that of
     `optimizer`, AdamW or SGD."""
     sample_rate: float = 1.0
-    """Share of the classes in each step's softmax; below 1 it is Partial FC's approximation
+    """Fraction of the classes in each step's softmax; below 1 it is Partial FC's approximation
     (arXiv:2203.15565), and needs fused_head."""
 
     def __post_init__(self) -> None:
@@ -36,8 +36,8 @@ class DIETKnobs(Knobs):
         require(self, "sample_rate", 0 < self.sample_rate <= 1, "lie in (0, 1]")
         if self.sample_rate < 1 and not self.fused_head:
             raise ValueError(
-                f"--sample-rate is {self.sample_rate}: rows outside the sample keep their weight "
-                "only with --fused-head"
+                f"--sample-rate is {self.sample_rate}: values below 1 are supported only with "
+                "--fused-head"
             )
 
 
@@ -45,7 +45,7 @@ class DIET(Objective):
     """One linear head over the data set's M images; each view is a sample of its image's class.
 
     With `fused_head` the head updates itself inside backward(), at the rate of `set_lr`, and its
-    classes are sharded over the ranks of `group`; any other head is whole on every rank.
+    classes are sharded over the ranks of `group`; any other head is replicated on every rank.
     """
 
     paper = "DIET, arXiv:2302.10260 and arXiv:2406.10743"

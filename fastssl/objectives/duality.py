@@ -1,4 +1,4 @@
-"""VICReg-exp and VICReg-ctr, half-way between VICReg and SimCLR (arXiv:2206.02574, section 3).
+"""VICReg-exp and VICReg-ctr, between VICReg and SimCLR (arXiv:2206.02574, section 3).
 
 VICReg-exp puts a log-sum-exp in place of VICReg's squared covariances (eq. 11); VICReg-ctr does so
 with samples and dimensions swapped (eq. 12, 13).
@@ -18,8 +18,8 @@ from fastssl_kernels import vicreg_ctr_loss, vicreg_exp_loss
 
 @dataclass(frozen=True)
 class VICRegExpKnobs(ContrastiveKnobs, VarianceKnobs):
-    """Of VICReg-exp and VICReg-ctr, arXiv:2206.02574. The temperature of the paper's runs is not in
-    its text."""
+    """Knobs of VICReg-exp and VICReg-ctr, arXiv:2206.02574. The paper does not state its runs'
+    temperature."""
 
 
 class VICRegExp(ProjectedObjective):

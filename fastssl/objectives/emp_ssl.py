@@ -1,4 +1,4 @@
-"""EMP-SSL (arXiv:2304.03977): many patches of one image, each near their mean, spread out by coding
+"""EMP-SSL (arXiv:2304.03977): many patches per image, each close to their mean, and a high coding
 rate.
 
     L = -mean_v [ R(z_v) + patch_coeff * mean_i cos(z_vi, zbar_i) ],   rows of z of length 1
@@ -23,7 +23,7 @@ from fastssl_kernels import coding_rate
 
 @dataclass(frozen=True)
 class EMPSSLKnobs(ProjectorKnobs):
-    """Of EMP-SSL, arXiv:2304.03977."""
+    """Knobs of EMP-SSL, arXiv:2304.03977."""
 
     patch_coeff: float = 200.0
     """Weight of the cosine to the mean embedding (arXiv:2304.03977)."""
@@ -37,8 +37,7 @@ class EMPSSLKnobs(ProjectorKnobs):
 
     @property
     def embedding_width(self) -> int:
-        """D: a quarter of the width unless `projector_out` says otherwise, as its repository has
-        it."""
+        """D: `projector_out`, by default a quarter of the width as in the paper's repository."""
         return self.projector_out or self.projector_width // 4
 
 

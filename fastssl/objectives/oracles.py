@@ -1,12 +1,12 @@
-"""Oracles: what is known about which images are alike, and the only way that labels reach training.
+"""Oracles: which images are known to be alike, and the only path of labels into training.
 
 PAL (arXiv:2303.15256) trains on a similarity graph G over the data set in place of "views of one
 image". An oracle fills G: from labels, from answers to "do these two show the same?", or from pairs
-given outright; its log says what it was asked. Training sees the block of G that belongs to a
-batch, never a label.
+given outright; its log records what it was asked. Training sees the block of G of a batch, never a
+label.
 
-Likeness by answers is an equivalence, so a graph of M images is one group number each: images are
-alike where the numbers are equal.
+Likeness is an equivalence relation, so a graph of M images is stored as one group number per image:
+images are alike where the numbers are equal.
 
 Shapes: M data set, N batch, D embedding, E pairs, Q queries.
 """
@@ -26,16 +26,16 @@ SHARPNESS = 0.1  # of the guess exp((cosine - 1) / SHARPNESS) that two images ar
 
 @dataclass(frozen=True)
 class OracleKnobs(Knobs):
-    """Of every method that has a form with a similarity graph."""
+    """Knobs of every method with a loss on a similarity graph."""
 
     oracle: Literal["none", "labels", "queries"] = "none"
-    """PAL (arXiv:2303.15256): what is known to be alike besides views of one image, from the labels
+    """PAL (arXiv:2303.15256): similarities beyond views of one image, from the labels
     of `oracle_share` of the images or from `oracle_queries` yes/no answers. Labels reach training
-    only here, and the run's log says which."""
+    only here, and oracle.json records which."""
     oracle_share: float = 1.0
-    """PAL with labels: share of the images whose label is asked for."""
+    """PAL with labels: fraction of the images whose label is read."""
     oracle_queries: int = 1000
-    """PAL with queries: pairs of images that are asked about, over the first half of the run."""
+    """PAL with queries: number of pairs of images to query, over the first half of the run."""
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[misc]  # of the knobs that it is mixed with
@@ -52,7 +52,7 @@ class Labels(Protocol):
 
 
 class Oracle(nn.Module):
-    """Every image is like itself alone, until an oracle knows better."""
+    """Base class, and the graph without knowledge: every image is alike only to itself."""
 
     group: Tensor
 
@@ -67,10 +67,10 @@ class Oracle(nn.Module):
         return (group[:, None] == group).float()
 
     def ask(self, index: Tensor, embeddings: Tensor) -> None:
-        """May ask about the batch (N,), knowing its embeddings (N, D)."""
+        """May query pairs of the batch (N,), given its embeddings (N, D)."""
 
     def log(self) -> dict[str, Any]:
-        """What was asked, in numbers and lists that JSON takes."""
+        """What was asked, as JSON-serialisable numbers and lists."""
         return {"oracle": type(self).__name__, **self._groups()}
 
     def _groups(self) -> dict[str, int]:
@@ -81,7 +81,7 @@ class Oracle(nn.Module):
 class LabelOracle(Oracle):
     """The labels of a random share of the M images, read once and turned into groups.
 
-    Which images are asked about depends on `seed` alone; no other label is read.
+    The choice of images depends only on `seed`; no other label is read.
     """
 
     def __init__(self, labels: Labels, share: float = 1.0, seed: int = 0):
@@ -100,13 +100,13 @@ class LabelOracle(Oracle):
 
 
 class QueryOracle(Oracle):
-    """Yes/no answers about pairs of images, asked for where they are worth most.
+    """Yes/no answers about pairs of images, queried by their expected gain.
 
-    Of a batch's open pairs the one is asked that promises most new pairs: the guess from the
-    embeddings' cosine that the two are alike, times the sizes of their groups. What follows from
-    earlier answers is never asked. `answer(i, j)` says whether images i and j are alike.
+    Of a batch's undecided pairs it queries the one with the most expected new pairs: the estimate
+    from the embeddings' cosine that the two are alike, times the sizes of their groups. Pairs
+    implied by earlier answers are never queried. `answer(i, j)` is whether i and j are alike.
 
-    queries: how many may be asked in all; per_batch: in one batch.
+    queries: their total number; per_batch: at most in one batch.
     """
 
     answers: Tensor
@@ -131,23 +131,23 @@ class QueryOracle(Oracle):
         z = normalize(embeddings.float(), dim=1)
         guess = ((z @ z.T - 1) / SHARPNESS).exp()  # (N, N)
         for _ in range(min(self.per_batch, self.queries - int(self.asked))):
-            best = self._promise(index, guess).flatten()
-            at = int(best.argmax())
-            if not best[at] > 0:
+            gain = self._expected_gain(index, guess).flatten()
+            best = int(gain.argmax())
+            if not gain[best] > 0:
                 return
-            i, j = int(index[at // len(index)]), int(index[at % len(index)])
-            self.tell(i, j, bool(self.answer(i, j)))
+            i, j = int(index[best // len(index)]), int(index[best % len(index)])
+            self.record(i, j, bool(self.answer(i, j)))
 
-    def tell(self, i: int, j: int, alike: bool) -> None:
-        """Take one answer. ValueError where it contradicts what follows from those before, for an
-        image out of range, and beyond the number of queries."""
+    def record(self, i: int, j: int, alike: bool) -> None:
+        """Record one answer. ValueError where earlier answers imply the opposite, for an image out
+        of range, and beyond the number of queries."""
         self._check(i, j)
         known = self.known(i, j)
         if known is not None and known != alike:
-            says = ["are not alike", "are alike"]
+            relation = ["are not alike", "are alike"]
             raise ValueError(
-                f"the oracle contradicts itself: it says that images {i} and {j} {says[alike]}, "
-                f"but from its earlier answers they {says[not alike]}; correct one of the answers"
+                f"the oracle contradicts itself: images {i} and {j} {relation[alike]}, but from "
+                f"its earlier answers they {relation[not alike]}; correct one of the answers"
             )
         self.answers[self.asked] = torch.tensor([i, j, int(alike)], device=self.answers.device)
         self.asked += 1
@@ -156,13 +156,13 @@ class QueryOracle(Oracle):
             self.group[self.group == b] = a
 
     def known(self, i: int, j: int) -> bool | None:
-        """What follows from the answers so far: alike, not alike, or nothing."""
+        """What the answers so far imply: alike (True), not alike (False), or nothing (None)."""
         a, b = self.group[i], self.group[j]
         if a == b:
             return True
-        apart = self._apart()
-        met = ((apart == torch.stack([a, b])) | (apart == torch.stack([b, a]))).all(1)
-        return False if bool(met.any()) else None
+        different = self._different()
+        matches = ((different == torch.stack([a, b])) | (different == torch.stack([b, a]))).all(1)
+        return False if bool(matches.any()) else None
 
     def log(self) -> dict[str, Any]:
         pairs = self.answers[: int(self.asked)].tolist()
@@ -175,26 +175,26 @@ class QueryOracle(Oracle):
         if int(self.asked) == self.queries:
             raise ValueError(f"all {self.queries} queries are spent; raise --oracle-queries")
 
-    def _apart(self) -> Tensor:
+    def _different(self) -> Tensor:
         """Groups that are known to differ, (Q, 2)."""
         answers = self.answers[: int(self.asked)]
         return self.group[answers[answers[:, 2] == 0, :2]]
 
-    def _promise(self, index: Tensor, guess: Tensor) -> Tensor:
+    def _expected_gain(self, index: Tensor, guess: Tensor) -> Tensor:
         """Expected new pairs of alike images for each pair of the batch, 0 for what is known.
         (N, N)"""
         group = self.group[index]
         size = self.group.bincount(minlength=self.num_samples)[group].to(guess.dtype)
         low, high = torch.minimum(group[:, None], group), torch.maximum(group[:, None], group)
-        apart = self._apart().sort(1).values
-        keys = apart[:, 0] * self.num_samples + apart[:, 1]
+        different = self._different().sort(1).values
+        keys = different[:, 0] * self.num_samples + different[:, 1]
         known = (low == high) | torch.isin(low * self.num_samples + high, keys)
         return (guess * size[:, None] * size).masked_fill(known, 0)
 
 
 def build_oracle(config: Config, labels: Labels | None) -> Oracle:
-    """The oracle that the method's knobs name, over the data set's labels (M,), which it alone
-    holds.
+    """The oracle that the method's knobs name, over the data set's labels (M,), which only it can
+    read.
 
     ValueError where the data has no labels, and where the knobs name no oracle.
     """

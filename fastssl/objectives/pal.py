@@ -1,8 +1,8 @@
 """PAL (arXiv:2303.15256): the losses with a similarity graph in place of "views of one image".
 
 Rows z_i are all views of the batch, n = V N of them, and P their graph: P_ij = G of the two images,
-0 for i = j, rows divided by their sums. With nothing known, G = I, each is the method that it
-generalises (Barlow Twins up to symmetry of C); the forms stand beside the methods: `graph_loss`.
+0 for i = j, rows divided by their sums. With G = I, nothing known, each is the method that it
+generalises (Barlow Twins up to symmetry of C). The methods define these losses as `graph_loss`.
 
 Shapes: N batch, D embedding, V views, n rows.
 """
@@ -20,8 +20,8 @@ from fastssl.objectives.oracles import Oracle
 class PAL(Objective):
     """A method's projector and its loss on an oracle's graph of the batch.
 
-    In training the oracle may ask, before each step, with the means of the views' embeddings at
-    hand; its knowledge is part of the state.
+    In training the oracle may query pairs before each step, given the mean embeddings over views;
+    its answers are part of the state.
     """
 
     paper = "PAL, active self-supervised learning, arXiv:2303.15256"
@@ -44,9 +44,9 @@ class PAL(Objective):
 
 
 def neighbours(graph: Tensor, views: int) -> Tensor:
-    """P of the file's head: (N, N) weights with a positive diagonal -> (V N, V N), rows sum to 1.
+    """P of the module docstring: (N, N) weights, diagonal positive -> (V N, V N), rows sum to 1.
 
-    ValueError for fewer than two views: an image without known neighbours would have none.
+    ValueError for fewer than two views: an image without known neighbours would have an empty row.
     """
     if views < 2:
         raise ValueError(f"PAL: got {views} views; it takes at least 2")

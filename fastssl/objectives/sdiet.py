@@ -3,8 +3,8 @@ Memory-Efficient Parametric Instance Discrimination", TMLR 2025).
 
     L = cross-entropy(z W_B^T, row of the image),   W_B the rows of the batch's N images
 
-Rows outside the batch get no gradient, so their AdamW steps depend on their moments alone: they are
-made in one go when the row is next met. No code of the authors is published; what follows is their
+Rows outside the batch get no gradient, so their AdamW steps depend only on their moments: they are
+applied in one go when the row is next read. The authors published no code; this follows their
 abstract: batch cross-entropy, multi-step AdamW, normalised features, a projector while training.
 
 Shapes: M data set, N batch, F features, D embedding, V views.
@@ -29,7 +29,7 @@ MEMORY = 200  # steps after which a row's momentum, (0.9 / 0.999^.5)^200 = 8e-10
 
 @dataclass(frozen=True)
 class SDIETKnobs(ProjectorKnobs):
-    """Of S-DIET."""
+    """Knobs of S-DIET."""
 
     label_smoothing: float = 0.8
     """Label smoothing of the cross-entropy (arXiv:2302.10260)."""
@@ -43,7 +43,7 @@ class SDIET(Objective):
     """A projector, embeddings of length sqrt(D), and a `BatchHead` over the data set's M images."""
 
     paper = "S-DIET, Memory-Efficient Parametric Instance Discrimination, TMLR 2025"
-    formula = "cross-entropy(z W_batch^T, row of the image), classes of the batch alone"
+    formula = "cross-entropy(z W_batch^T, row of the image), classes of the batch only"
     Knobs = SDIETKnobs
     min_views, max_views = 1, 200
     anti_collapse = ("label_smoothing",)
@@ -90,8 +90,8 @@ class BatchHead(nn.Module):
     """Rows of a weight (M, D), one per image, updated inside backward() as torch.optim.AdamW would
     update the dense weight at a constant `lr`.
 
-    A step reads and writes the batch's rows alone. The rate of missed steps is taken to be that of
-    the step at which they are made up for.
+    A step reads and writes only the batch's rows. Missed steps take the rate of the step at which
+    they are applied.
     """
 
     weight: Tensor
@@ -121,7 +121,7 @@ class BatchHead(nn.Module):
         self.weight_decay, self.betas = weight_decay, betas
 
     def forward(self, embeddings: Tensor, index: Tensor) -> Tensor:
-        """(V, N, D), and (N,) without repetition -> (). In training, backward() makes the step."""
+        """(V, N, D), and (N,) without repetition -> (). In training, backward() takes the step."""
         state = self.caught_up(index)
         rows = state[0].requires_grad_(self.training and torch.is_grad_enabled())
         labels = torch.arange(len(index), device=index.device).repeat(len(embeddings))
@@ -134,7 +134,7 @@ class BatchHead(nn.Module):
 
     @torch.no_grad()
     def caught_up(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Weight, exp_avg and exp_avg_sq (N, D) of these rows after the steps they have missed.
+        """Weight, exp_avg and exp_avg_sq (N, D) of these rows after the missed steps.
 
         Step t without a gradient is w <- d w - lr (m / sqrt(v)) r^j b_t, the j-th after the last
         with one, with d = 1 - lr * weight_decay, r = beta1 / sqrt(beta2) and b_t Adam's correction
@@ -148,10 +148,10 @@ class BatchHead(nn.Module):
         decay = 1 - self.lr * self.weight_decay
         corrected = (1 - second**t).sqrt() / (1 - first**t)
         terms = (first / math.sqrt(second)) ** j * corrected * decay ** (missed[:, None] - j)
-        push = self.lr * terms.where(j <= missed[:, None], 0).sum(1, keepdim=True)  # (N, 1)
+        drift = self.lr * terms.where(j <= missed[:, None], 0).sum(1, keepdim=True)  # (N, 1)
         w, m, v = (x[index].double() for x in (self.weight, self.exp_avg, self.exp_avg_sq))
         k = missed[:, None].double()
-        state = (decay**k * w - push * m / (v.sqrt() + EPS), first**k * m, second**k * v)
+        state = (decay**k * w - drift * m / (v.sqrt() + EPS), first**k * m, second**k * v)
         return tuple(x.to(self.weight.dtype) for x in state)  # type: ignore[return-value]
 
     @torch.no_grad()

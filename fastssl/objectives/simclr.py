@@ -1,4 +1,4 @@
-"""SimCLR (arXiv:2002.05709): views of one image alike, those of other images not; NT-Xent.
+"""SimCLR (arXiv:2002.05709): NT-Xent, which attracts views of an image and repels others.
 
     L = mean_i [log sum_{j != i} exp(cos_ij / t) - mean_{p positive} cos_ip / t]
 
@@ -26,10 +26,10 @@ DUALITY = "On the duality between contrastive and non-contrastive SSL, arXiv:220
 
 @dataclass(frozen=True)
 class ContrastiveKnobs(ProjectorKnobs):
-    """Of the losses with a softmax over similarities."""
+    """Knobs of the losses with a softmax over similarities."""
 
     temperature: float = 0.15
-    """Of the softmax; 0.15 is tuned for SimCLR in arXiv:2206.02574, section 5."""
+    """Temperature of the softmax; 0.15 is tuned for SimCLR in arXiv:2206.02574, section 5."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -38,7 +38,7 @@ class ContrastiveKnobs(ProjectorKnobs):
 
 @dataclass(frozen=True)
 class SimCLRKnobs(OracleKnobs, ContrastiveKnobs):
-    """Of SimCLR, arXiv:2002.05709."""
+    """Knobs of SimCLR, arXiv:2002.05709."""
 
 
 class SimCLR(GraphObjective):
@@ -67,8 +67,8 @@ class SimCLR(GraphObjective):
         h = normalize(torch.cat(tuple(embeddings)), dim=1)
         p = p.to(h.dtype)
         s = h @ h.T / self.temperature  # (n, n)
-        itself = torch.eye(len(s), dtype=torch.bool, device=s.device)
-        return (s.masked_fill(itself, -torch.inf).logsumexp(1) - (p * s).sum(1)).mean()
+        diagonal = torch.eye(len(s), dtype=torch.bool, device=s.device)
+        return (s.masked_fill(diagonal, -torch.inf).logsumexp(1) - (p * s).sum(1)).mean()
 
 
 class SimCLRAbs(SimCLR):

@@ -3,8 +3,8 @@
     L = mean_{a < b} E |z_a - z_b|^2 + orthogonality * |E[z z^T] - I|_F^2
 
 The first term is twice |T f - f|^2 of the augmentation operator T, the mean over views; the second
-asks the D features to be orthonormal over all views of all images. With weight 1 it is D plus the
-spectral contrastive loss -2 E z_a^T z_b + E (z^T z')^2 (arXiv:2106.04156, eq. 6), as
+constrains the D features to be orthonormal over all views of all images. With weight 1 it is D plus
+the spectral contrastive loss -2 E z_a^T z_b + E (z^T z')^2 (arXiv:2106.04156, eq. 6), as
 |E[z z^T] - I|^2 = E (z^T z')^2 - 2 E |z|^2 + D.
 
 Shapes: N batch, D embedding, V views, n = V N rows.
@@ -29,7 +29,7 @@ from fastssl_kernels import second_moment_energy
 
 @dataclass(frozen=True)
 class SpectralKnobs(OracleKnobs, ProjectorKnobs):
-    """Of the spectral loss."""
+    """Knobs of the spectral loss."""
 
     orthogonality: float = 1.0
     """Weight of |E[z z^T] - I|^2; 1 is the spectral contrastive loss (arXiv:2106.04156)."""

@@ -3,7 +3,7 @@ views.
 
     L = sim |z_a - z_b|^2 / D + std mean_i relu(1 - std_i) + cov sum_{i != j} Cov_ij^2 / D
 
-pairing="mean" is the form of arXiv:2312.10725 for V > 2 views, as its code has it: the loss of two
+pairing="mean" is the form of arXiv:2312.10725 for V > 2 views, as in its code: the loss of two
 views, z_v and the mean of the others, averaged over v.
 
 Shapes: N batch, D embedding, V views, n = V N rows.
@@ -36,7 +36,7 @@ class VarianceKnobs(ProjectorKnobs):
     std_coeff: float = 25.0
     """Weight of variance (arXiv:2105.04906)."""
     cov_coeff: float | None = None
-    """Weight of covariance; by default the tuned one of arXiv:2312.10725 for the width, 1 at 256
+    """Weight of covariance; by default that tuned in arXiv:2312.10725 for the width, 1 at 256
     and 1/30 at 8192 (the first paper's is 1 at 8192); 1 for VICReg-exp and VICReg-ctr."""
 
     def __post_init__(self) -> None:
@@ -51,7 +51,7 @@ class VarianceKnobs(ProjectorKnobs):
 
 @dataclass(frozen=True)
 class VICRegKnobs(OracleKnobs, VarianceKnobs):
-    """Of VICReg, arXiv:2105.04906."""
+    """Knobs of VICReg, arXiv:2105.04906."""
 
     pairing: Literal["pairs", "mean"] = "pairs"
     """More than two views: all pairs, or each view with the mean of the others

@@ -1,1 +1,1 @@
-"""What keeps a run safe: checkpoints, its directory, logs, guards, signals."""
+"""The runtime of a run: checkpoints, directory, logs, guards, signals."""

@@ -1,10 +1,10 @@
-"""Checkpoints: written atomically, verified before they are used, read without running code.
+"""Checkpoints: written atomically, verified before use, read without executing code.
 
 A checkpoint is one file whose name holds its step and the checksum of its bytes, put in place by a
-rename. Two are kept: where the newest does not match its checksum, the one before it is used.
+rename. Two are retained: where the newest does not match its checksum, the previous one is used.
 
-Everything the next step depends on is in it: modules, optimizer, random states of all ranks, steps
-and seconds. The data's order and views depend on the step and the seed alone.
+It contains all that the next step depends on: modules, optimizer, random states of all ranks, steps
+and seconds. The data's order and views depend only on the step and the seed.
 """
 
 import hashlib
@@ -44,8 +44,8 @@ class _HashingFile:
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
     """Add the checkpoint of `step` to `folder`: tensors, numbers, strings and containers of them.
 
-    The checkpoints there stay valid whenever the process or the machine stops; only when the new
-    one is safely on the disk do the oldest go.
+    Earlier checkpoints stay valid whenever the process or the machine stops; the oldest is deleted
+    only when the new one is on the disk.
     """
     folder.mkdir(exist_ok=True)
     temporary = folder / "writing.tmp"
@@ -63,10 +63,10 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
 def load_checkpoint(
     folder: Path, device: torch.device, log: Callable[[str], None]
 ) -> dict[str, Any] | None:
-    """The newest valid state in `folder`, or None where nothing was ever saved there.
+    """The newest valid state in `folder`, or None where there are no checkpoints.
 
-    Names every checkpoint that it passes over. Raises ValueError where there are some and none is
-    valid: to start again silently would lose a run. Pickled code is refused (`weights_only`).
+    Invalid checkpoints are logged. ValueError where all are invalid: to start again silently would
+    lose the run. Pickled code is refused (`weights_only`).
     """
     paths = checkpoints(folder)
     for path in paths:
@@ -74,7 +74,7 @@ def load_checkpoint(
             _check(path)
             return torch.load(path, map_location=device, weights_only=True)
         except Exception as error:  # whatever a damaged or hostile file makes the reader raise
-            log(f"{path} is not used: {' '.join(str(error).split())[:200]}")
+            log(f"skipping {path}: {' '.join(str(error).split())[:200]}")
     if paths:
         raise ValueError(
             f"no checkpoint in {folder} is valid; delete {folder.parent} to start again"
@@ -89,15 +89,15 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def _check(path: Path) -> None:
-    """ValueError where the file is not the one that was written under this name."""
+    """ValueError where the checksum in the file's name does not match."""
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if not path.name.endswith(f"-{digest[:16]}.pt"):
-        raise ValueError("its checksum is wrong, so it is damaged")
+        raise ValueError("checksum mismatch, the file is damaged")
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename in the folder survive a power cut."""
+    """Sync the folder, so that a rename in it survives a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -106,7 +106,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 class Stateful(Protocol):
-    """What can be saved and loaded: modules, optimizers, queues."""
+    """An object that can be saved and loaded: modules, optimizers, queues."""
 
     def state_dict(self) -> Any: ...
 
@@ -141,8 +141,8 @@ class TrainCheckpointer:
     def load(self, log: Callable[[str], None]) -> TrainState:
         """Restore the newest valid checkpoint; the initial state where there is none.
 
-        The number of ranks may have changed, the global batch may not: ValueError. Ranks that a
-        checkpoint does not know draw from (seed, step, rank) from there on.
+        ValueError where the global batch has changed. The number of ranks may change: then random
+        states are seeded by (seed, step, rank).
         """
         saved = load_checkpoint(self._folder, self._device, log)
         if saved is None:
@@ -165,8 +165,8 @@ class TrainCheckpointer:
 
 
 class CheckpointTimer:
-    """Says when to save: `every_s` seconds after the last time, or later, to stay under 2 % of the
-    time."""
+    """Decides when to save: `every_s` seconds after the last save, or later, so that saving takes
+    under 2 % of the time."""
 
     def __init__(self, every_s: float):
         self._every_s = every_s

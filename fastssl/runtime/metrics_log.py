@@ -1,4 +1,4 @@
-"""The log of a run's metrics: JSON lines for programs, a progress bar or plain lines for people."""
+"""The log of a run's metrics: JSON lines for programs, a progress bar or plain lines for users."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 class MetricsLog:
     """Writes metrics.jsonl and shows progress; a context manager around the training loop.
 
-    On a terminal it draws a bar with views/s, loss and the time left; elsewhere it prints about ten
+    On a terminal it shows a bar with views/s, loss and the time left; elsewhere it prints about ten
     lines. Without a path, as on all ranks but rank 0, it does nothing.
     """
 
@@ -22,7 +22,7 @@ class MetricsLog:
         self, path: Path | None, total: int, start: int = 0, console: Console | None = None
     ):
         if path:
-            keep_until(path, start)
+            truncate_after(path, start)
         self._file: TextIO = open(path or os.devnull, "a", buffering=1)
         self._console = console or Console(quiet=path is None)
         self._total = total
@@ -62,22 +62,19 @@ class MetricsLog:
         due = {at for at in self._lines_at if at <= step}
         if due and not self._console.is_terminal:
             self._lines_at -= due
-            left = (
-                (time.perf_counter() - self._begin)
-                / max(1, step - self._start)
-                * (self._total - step)
-            )
+            spent_s = time.perf_counter() - self._begin
+            left_s = spent_s / max(1, step - self._start) * (self._total - step)
             line = f"step {step}/{self._total}  loss {metrics['loss']:.4f}  {rate} views/s"
-            line += f"  {left:.0f} s left"
+            line += f"  {left_s:.0f} s left"
             self._console.print(line, highlight=False)
 
 
-def keep_until(path: Path, step: int) -> None:
+def truncate_after(path: Path, step: int) -> None:
     """Drop a file's reports after `step`: a resumed run writes them again."""
     if path.is_file():
         lines = path.read_text().splitlines()
-        kept = [x for x in lines if x.endswith("}") and json.loads(x)["step"] <= step]
-        path.write_text("".join(line + "\n" for line in kept))
+        earlier = [x for x in lines if x.endswith("}") and json.loads(x)["step"] <= step]
+        path.write_text("".join(line + "\n" for line in earlier))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -85,7 +82,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def draw_curves(metrics: list[dict[str, Any]], title: str, path: Path) -> None:
+def plot_curves(metrics: list[dict[str, Any]], title: str, path: Path) -> None:
     """Loss and learning rate over the steps, as a PNG."""
     import matplotlib
 

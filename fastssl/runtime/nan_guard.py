@@ -1,8 +1,8 @@
-"""Losses and gradients that are not finite never reach the weights: the step is skipped, or the run
-ends.
+"""Guard against non-finite losses and gradients: they never reach the weights; the step is skipped,
+or the run stops.
 
-The optimizer itself skips such a step on the device (`Step`), so that nothing waits for the host;
-this guard reads the flags when metrics are read anyway, and names the step and its images.
+`Step` skips it on the device, without a sync; this guard reads the flags when metrics are read
+anyway, and reports the step and its images.
 
 Shapes: N batch.
 """
@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-NAMED = 8  # images of a bad batch that are named in the message
+LISTED = 8  # images of a bad batch that the message lists
 MAX_CONSECUTIVE_SKIPS = 10
 
 
@@ -30,7 +30,7 @@ class NonFiniteGuard:
         self._policy, self._log = policy, log
         self._norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self._steps: list[tuple[int, Tensor, Tensor]] = []
-        self._in_a_row = 0  # bad steps, one after another
+        self._consecutive = 0  # bad steps
         self.skipped = 0
         self._snapshot()
 
@@ -44,31 +44,31 @@ class NonFiniteGuard:
     def check(self) -> None:
         """Read the flags since the last check: a sync with the device.
 
-        NonFiniteLossError with policy "stop", and where ten steps in a row were skipped.
+        NonFiniteLossError with policy "stop", and after MAX_CONSECUTIVE_SKIPS skips in a row.
         """
         if not self._steps:
             return
         steps, self._steps = self._steps, []
         flags = torch.stack([finite for _, _, finite in steps]).tolist()
         for (step, index, _), finite in zip(steps, flags, strict=True):
-            self._in_a_row = 0 if finite else self._in_a_row + 1
+            self._consecutive = 0 if finite else self._consecutive + 1
             if not finite:
                 self._report(step, index)
         if all(flags):
             self._snapshot()
-        else:  # batch norms saw what was not finite on the way forward
+        else:  # the forward pass updated batch norms by non-finite values
             self._restore()
 
     def _report(self, step: int, index: Tensor) -> None:
         self.skipped += 1
-        images = ", ".join(str(i) for i in index[:NAMED].tolist())
-        more = f" and {len(index) - NAMED} more" if len(index) > NAMED else ""
+        images = ", ".join(str(i) for i in index[:LISTED].tolist())
+        more = f" and {len(index) - LISTED} more" if len(index) > LISTED else ""
         what = f"the loss or its gradient is not finite at step {step}, images {images}{more}"
         if self._policy == "stop":
             raise NonFiniteLossError(
                 f"{what}; try a lower --lr, or --on-nonfinite skip if it is rare"
             )
-        if self._in_a_row >= MAX_CONSECUTIVE_SKIPS:
+        if self._consecutive >= MAX_CONSECUTIVE_SKIPS:
             raise NonFiniteLossError(
                 f"{what}: {MAX_CONSECUTIVE_SKIPS} steps in a row; try a lower --lr"
             )

@@ -15,21 +15,21 @@ from fastssl.objectives import METHODS, complete, configured
 
 
 def is_resumed(folder: Path, config: Config) -> bool:
-    """True if `folder` holds this same run, unfinished; False if it is free.
+    """True if `folder` contains this run, unfinished; False if it is empty or absent.
 
-    Raises ValueError where it holds a finished run, another run, or something else. Writes nothing.
+    Raises ValueError where it contains a finished run, another run, or other files. Writes nothing.
     """
     if folder.is_file():
         raise ValueError(f"{folder} is a file; pass another --run")
     if not folder.exists() or not any(folder.iterdir()):
         return False
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is not empty and holds no run; pass another --run")
+        raise ValueError(f"{folder} is not empty and contains no run; pass another --run")
     if changes := differences(read_config(folder), config):
-        raise ValueError(f"{folder} holds another run ({changes}); pass another --run")
+        raise ValueError(f"{folder} contains another run ({changes}); pass another --run")
     if (folder / "summary.json").exists():
         raise ValueError(
-            f"{folder} holds this run, finished; `fastssl eval {folder}` repeats its evaluation"
+            f"{folder} contains this run, finished; `fastssl eval {folder}` repeats its evaluation"
         )
     return True
 
@@ -42,8 +42,8 @@ def create(folder: Path, config: Config) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Lock `folder` for this process; ValueError where another process trains in it. The lock ends
-    with the process, however that ends."""
+    """Lock `folder` for this process; ValueError where another process trains in it. The lock is
+    released when the process exits, for any reason."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -55,7 +55,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def next_free(root: Path, name: str, config: Config) -> Path:
-    """root/name, or root/name-2, ...: the first that is free, or that holds this run unfinished."""
+    """root/name, or root/name-2, ...: the first that is free, or contains this run, unfinished."""
     for number in range(1, 10_000):
         folder = root / (name if number == 1 else f"{name}-{number}")
         if not (folder / "config.json").is_file():
@@ -66,7 +66,7 @@ def next_free(root: Path, name: str, config: Config) -> Path:
 
 
 def differences(there: Config, here: Config) -> str:
-    """The knobs in which two configs differ, as one line; where they are stored does not count."""
+    """The knobs in which two configs differ, as one line; the run folder is ignored."""
     old, new = flat(there), flat(here)
     return ", ".join(
         f"{flag(k)} {old.get(k, '(none)')} there, {new.get(k, '(none)')} here"
@@ -86,18 +86,18 @@ def config_to_json(config: Config) -> str:
 
 
 def config_from_json(text: str) -> Config:
-    """The Config of a `config.json`; ValueError names the knobs this version does not have.
+    """The Config of a `config.json`; ValueError for knobs that this version does not have.
 
-    Files of versions that wrote the knobs of all methods are read: those of other methods never had
-    an effect, and are left out.
+    Files of versions that wrote the knobs of all methods are read; those of other methods had no
+    effect and are ignored.
     """
     values: dict[str, Any] = json.loads(text)
     knobs = {name: knob_names(method.Knobs) for name, method in METHODS.items()}
     known = knob_names(Config).union(*knobs.values())
     if unknown := sorted(set(values) - known):
         raise ValueError(f"config.json has knobs this version does not know: {', '.join(unknown)}")
-    own = knob_names(Config) | knobs.get(values.get("method", Config.method), set())
-    return configured(Config(), **{k: v for k, v in values.items() if k in own})
+    used = knob_names(Config) | knobs.get(values.get("method", Config.method), set())
+    return configured(Config(), **{k: v for k, v in values.items() if k in used})
 
 
 def read_config(run: Path) -> Config:
@@ -109,7 +109,7 @@ def read_config(run: Path) -> Config:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a whole file or none: to a temporary file beside it, to the disk, then rename."""
+    """Write a file atomically: write and sync a temporary file beside it, then rename it."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "w") as file:
         file.write(text)

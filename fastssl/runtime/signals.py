@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: at once, but inside the training loop after the current step."""
+"""Signals that stop a run: at once, or inside the training loop after the current step."""
 
 import signal
 from collections.abc import Iterator
@@ -8,8 +8,8 @@ from types import FrameType
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
-class Interrupted(BaseException):  # not an Exception: no handler of errors may swallow it
-    """A signal asked the run to stop. `exit_code` is the shell's for it: 130, 143, 138."""
+class Interrupted(BaseException):  # not an Exception, so that no error handler catches it
+    """A signal stopped the run. `exit_code` is the shell's for it: 130, 143, 138."""
 
     def __init__(self, number: int):
         super().__init__(f"stopped by {signal.Signals(number).name}")

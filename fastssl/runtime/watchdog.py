@@ -11,11 +11,11 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 Item = TypeVar("Item")
-USUAL = 20  # last steps whose times make the usual one
+RECENT = 20  # last steps, whose times define the usual one
 
 
 class Watchdog:
-    """A thread that monitors the one that made it; a context manager around the training loop.
+    """A thread that monitors its creator; a context manager around the training loop.
 
     A step may take twice the slowest of the last steps, and at least `min_timeout_s`: the first
     steps, which compile, have no limit. A stall is logged once; the run continues.
@@ -24,13 +24,9 @@ class Watchdog:
     def __init__(self, log: Callable[[str], None], min_timeout_s: float):
         self._log, self._min_timeout_s = log, min_timeout_s
         self._monitored = threading.get_ident()
-        self._times: deque[float] = deque(maxlen=USUAL)
-        self._phase, self._step, self._begin, self._reported = (
-            "starting",
-            0,
-            time.monotonic(),
-            False,
-        )
+        self._times: deque[float] = deque(maxlen=RECENT)
+        self._phase, self._step = "starting", 0
+        self._begin, self._reported = time.monotonic(), False
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="fastssl-watchdog", daemon=True)
 
@@ -67,7 +63,7 @@ class Watchdog:
             self.phase("waiting for data")
 
     def allowed_s(self) -> float:
-        """Seconds that a step may take now; infinite before there is a usual time."""
+        """Seconds that a step may take now; infinite until a usual time is known."""
         times = list(self._times)
         if len(times) < 5:
             return float("inf")

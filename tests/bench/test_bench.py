@@ -1,4 +1,4 @@
-"""The timing harness measures what it says, and the bench command ends inside its budget."""
+"""The timing harness measures time and memory, and the bench command ends within its budget."""
 
 import json
 import subprocess
@@ -83,7 +83,7 @@ def test_rows_check_before_they_time() -> None:
     assert list(timed_rows([case("late")], "cpu", time.monotonic() - 1)) == []
 
 
-def test_steps_train_by_torchvision_and_by_us() -> None:
+def test_steps_train_with_torchvision_and_with_fastssl() -> None:
     config, height, width = next(iter(train_step.CPU_SETTINGS.values()))
     variants = train_step._variants(configured(config, batch_size=8, device="cpu"), height, width)
     train_step._check(variants)
@@ -92,7 +92,7 @@ def test_steps_train_by_torchvision_and_by_us() -> None:
         train_step._check({**variants, "broken": lambda: float("nan")})
 
 
-def test_environment_names_what_a_number_needs() -> None:
+def test_environment_of_a_measurement() -> None:
     stamp = environment()
     assert (
         stamp["torch"] == torch.__version__

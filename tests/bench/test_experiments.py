@@ -1,4 +1,4 @@
-"""Tables and figures of the accuracy experiments, from rows whose answers are known."""
+"""Tables and figures of the accuracy experiments, from rows with known results."""
 
 from pathlib import Path
 
@@ -6,12 +6,12 @@ import pytest
 
 from bench.experiments import (
     by_method,
-    draw_accuracy_against_time,
-    draw_error_against_time,
-    draw_loss_against_probe,
-    front,
     gain_table,
     methods_table,
+    pareto_front,
+    plot_accuracy_against_time,
+    plot_error_against_time,
+    plot_loss_against_probe,
     rank_correlation,
     time_to,
     time_to_table,
@@ -74,21 +74,21 @@ def test_gain_table() -> None:
 
 def test_figures_and_the_correlation(tmp_path: Path) -> None:
     assert rank_correlation([run("x", 0, 0.1, 0.2, 0.3)]) == pytest.approx(-1)
-    draw_accuracy_against_time(ROWS, tmp_path / "a.png")
-    draw_loss_against_probe(ROWS, tmp_path / "b.png")
-    draw_error_against_time(ROWS, tmp_path / "c.png")
+    plot_accuracy_against_time(ROWS, tmp_path / "a.png")
+    plot_loss_against_probe(ROWS, tmp_path / "b.png")
+    plot_error_against_time(ROWS, tmp_path / "c.png")
     assert all((tmp_path / name).stat().st_size > 5000 for name in ("a.png", "b.png", "c.png"))
 
 
-def test_the_front_is_of_those_that_nothing_beats() -> None:
+def test_pareto_front() -> None:
     points = {"slow": (9.0, 0.1), "dear": (5.0, 0.4), "quick": (1.0, 0.5), "good": (4.0, 0.3)}
-    assert front(points) == ["quick", "good", "slow"]
-    assert front({"same": (1.0, 0.5), "later": (2.0, 0.5)}) == ["same"]
+    assert pareto_front(points) == ["quick", "good", "slow"]
+    assert pareto_front({"same": (1.0, 0.5), "later": (2.0, 0.5)}) == ["same"]
 
 
-def test_methods_are_told_apart_by_their_first_word() -> None:
+def test_methods_are_the_first_word_of_a_case() -> None:
     rows = [run("barlow, 2 views", 0, 0.1), run("vicreg, 2 views", 0, 0.1), run("barlow", 1, 0.1)]
-    assert {name: len(theirs) for name, theirs in by_method(rows).items()} == {
+    assert {name: len(found) for name, found in by_method(rows).items()} == {
         "barlow": 2,
         "vicreg": 1,
     }

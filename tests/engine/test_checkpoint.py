@@ -22,12 +22,12 @@ CPU = torch.device("cpu")
 
 
 def load(folder: Path) -> tuple[object, list[str]]:
-    said: list[str] = []
-    state = load_checkpoint(folder, CPU, said.append)
-    return (state and state["step"]), said
+    logged: list[str] = []
+    state = load_checkpoint(folder, CPU, logged.append)
+    return (state and state["step"]), logged
 
 
-def test_the_newest_two_are_kept(tmp_path: Path) -> None:
+def test_the_newest_two_are_retained(tmp_path: Path) -> None:
     assert load(tmp_path) == (None, [])
     for step in (5, 10, 1_000_000_000, 15):
         save_checkpoint(tmp_path, step, {"step": step, "x": torch.arange(4)})
@@ -47,14 +47,14 @@ def test_a_damaged_one_is_named_and_the_one_before_it_taken(damage: str, tmp_pat
         data = bytearray()
     elif damage == "flipped":
         data[len(data) // 2] ^= 1
-    else:  # with a right checksum, so that only the refusal to run code stands between it and us
+    else:  # with a valid checksum, so that only the refusal to execute code protects us
         torch.save({"step": Hostile()}, newest)
         data = bytearray(newest.read_bytes())
         newest.unlink()
         newest = newest.with_name(f"step-000000002-{hashlib.sha256(data).hexdigest()[:16]}.pt")
     newest.write_bytes(data)
-    step, said = load(tmp_path)
-    assert step == 1 and len(said) == 1 and newest.name in said[0]
+    step, logged = load(tmp_path)
+    assert step == 1 and len(logged) == 1 and newest.name in logged[0]
 
 
 class Hostile:
@@ -113,7 +113,7 @@ def test_a_save_killed_at_any_byte_leaves_what_was_there(after: int | str, tmp_p
 
 
 def die_in_a_save(folder: Path, after: int | str) -> None:
-    """SIGKILL this process when so many bytes are in the file, or behind the rename."""
+    """SIGKILL this process after `after` bytes of the file, or after the rename."""
     written = 0
     write = checkpoint._HashingFile.write
 
@@ -127,11 +127,11 @@ def die_in_a_save(folder: Path, after: int | str) -> None:
         written += len(data)
         return write(self, data)
 
-    def killed_there(folder: Path) -> None:
+    def killed_after_rename(folder: Path) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     checkpoint._HashingFile.write = killed  # type: ignore[method-assign]
-    checkpoint._sync_folder = killed_there
+    checkpoint._sync_folder = killed_after_rename
     try:
         save_checkpoint(folder, 2, {"step": 2, "x": torch.arange(10_000)})
     finally:
@@ -147,9 +147,9 @@ def test_backbone_file(tmp_path: Path) -> None:
     assert load_backbone(path, other) == "loaded 36 of 36 tensors"
     for name, tensor in net.state_dict().items():
         assert torch.equal(tensor, other.state_dict()[name]), name
-    with pytest.raises(ValueError, match=r"6 of its 36 tensors fit, .* 0\.0\.weight"):
+    with pytest.raises(ValueError, match=r"6 of 36 tensors match, .* 0\.0\.weight"):
         load_backbone(path, build_backbone("fastnet-8"))
     wider = build_backbone("fastnet-8")
     assert load_backbone(path, wider, partial=True) == "loaded 6 of 36 tensors"
-    with pytest.raises(ValueError, match="0 of its 2 tensors fit"):
+    with pytest.raises(ValueError, match="0 of 2 tensors match"):
         load_backbone(path, nn.Linear(2, 2), partial=True)

@@ -36,13 +36,14 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--help"]) == 0
     assert "fastssl train RECIPE" in capsys.readouterr().out
     assert run([]) == 2
+    assert capsys.readouterr().out.startswith("usage: ")
     with pytest.raises(SystemExit) as stop:
         run(["train", "digits-diet", "--help"])
     assert stop.value.code == 0
     out = capsys.readouterr().out
     flags = set(re.findall(r"--[a-z][a-z-]*", out)) - {"--help"}
-    own = knob_names(Config) | knob_names(METHODS["diet"].Knobs)
-    assert {name for name in flags if not name.startswith("--no-")} == set(map(flag, own))
+    knobs = knob_names(Config) | knob_names(METHODS["diet"].Knobs)
+    assert {name for name in flags if not name.startswith("--no-")} == set(map(flag, knobs))
     assert "default: digits)" in out.replace("'", "")
 
 
@@ -55,7 +56,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "digits-diet", "--epoch", "3"], "unknown knob --epoch; did you mean --epochs?"),
         (
             ["train", "digits-diet", "--zzz", "3"],
-            "unknown knob --zzz; `--help` lists the knobs",
+            "unknown knob --zzz; `fastssl train RECIPE --help` lists the knobs",
         ),
         (["train", "digits-diet", "--epochs", "three"], "Error parsing --epochs: invalid literal"),
         (
@@ -64,6 +65,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         ),
         (["train", "digits-diet", "--epochs"], "Missing value for argument '--epochs'"),
         (["train", "digits-diet", "--batch-size", "0"], "--batch-size is 0: it must be at least 1"),
+        (["train", "barlow", "--lambd", "-1"], "fastssl: --lambd is -1.0: it must be 0 or more"),
         (
             ["train", "digits-diet", "--batch-size", "5000"],
             "larger than the data set of 1438 images",
@@ -87,7 +89,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["rank"], "required: run; see `fastssl rank --help`"),
         (["rank", "/nowhere"], "/nowhere is not a run folder"),
         (["rank", "/nowhere", "--views", "1"], "--views 1: each must be at least 2"),
-        (["select", "/nowhere"], "give two folders or more"),
+        (["select", "/nowhere"], "pass two folders or more"),
     ],
 )
 def test_mistakes(
@@ -128,8 +130,8 @@ def test_a_run_is_evaluated_again_and_never_overwritten(
     assert run(["eval", str(folder)]) == 0
     assert capsys.readouterr().out.split("accuracy on held-out images")[1] == table
     before = (folder / "summary.json").read_bytes()
-    assert "holds this run, finished" in one_line(capsys, command)
-    assert "holds another run (--seed 0 there, 3 here)" in one_line(
+    assert "contains this run, finished" in one_line(capsys, command)
+    assert "contains another run (--seed 0 there, 3 here)" in one_line(
         capsys, [*command, "--seed", "3"]
     )
     assert (folder / "summary.json").read_bytes() == before
@@ -210,22 +212,22 @@ def test_runs_are_ranked_and_selected(capsys: pytest.CaptureFixture[str], tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("command", "then"),
+    ("command", "hint"),
     [("train", "; the same command resumes the run"), ("eval", ""), ("rank", "")],
 )
-def test_an_interruption_promises_only_what_is_so(
-    command: str, then: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_an_interruption_names_what_resumes(
+    command: str, hint: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stopped(arguments: list[str]) -> None:
         signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setitem(COMMANDS, command, stopped)
     assert run([command]) == 143
-    assert capsys.readouterr().err == f"fastssl: stopped by SIGTERM{then}\n"
+    assert capsys.readouterr().err == f"fastssl: stopped by SIGTERM{hint}\n"
 
 
 @pytest.mark.filterwarnings("default")
-def test_our_warnings_are_one_line(
+def test_fastssl_warnings_are_one_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(COMMANDS, "rank", lambda arguments: print(rankme(torch.eye(3, 5))))
@@ -235,7 +237,7 @@ def test_our_warnings_are_one_line(
 
 
 def test_a_folder_of_jpegs_as_a_process(data: Path, tmp_path: Path) -> None:
-    """A user's own images, the installed entry point, a process of its own: Imagenette's JPEGs."""
+    """A folder of Imagenette's JPEGs, through the installed entry point in a separate process."""
     with tarfile.open(data / "imagenette-224-1000.tar") as tar:
         some = [m for m in tar.getmembers() if m.isfile()][::10]
         tar.extractall(tmp_path / "images", members=some, filter="data")
@@ -263,7 +265,7 @@ def test_a_folder_of_jpegs_as_a_process(data: Path, tmp_path: Path) -> None:
     assert (tmp_path / "run/curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_views_are_drawn(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_views_are_plotted(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     out = tmp_path / "sheet.png"
     assert run(["views", "digits-diet", "--views", "3", "--out", str(out)]) == 0
     assert "4 images and their views" in " ".join(capsys.readouterr().out.split())

@@ -1,4 +1,4 @@
-"""The watcher on runs that collapse, by its thresholds and by training, and on runs that do not."""
+"""The detector on runs that collapse, by thresholds and by training, and on runs that do not."""
 
 import pytest
 import torch
@@ -24,12 +24,12 @@ VICREG = recipe_config("digits-barlow", method="vicreg")
 BATCHES = 11  # of 128 in an epoch of the digits
 
 
-def watcher(
+def detector_and_log(
     mode: str = "warn", dimensions: int = 128, config: Config = VICREG
 ) -> tuple[CollapseDetector, list[str]]:
-    said: list[str] = []
+    logged: list[str] = []
     config = configured(config, on_collapse=mode)  # type: ignore[arg-type]
-    return CollapseDetector(config, dimensions, said.append), said
+    return CollapseDetector(config, dimensions, logged.append), logged
 
 
 def reports(*pairs: tuple[float, float]) -> list[dict[str, float]]:
@@ -46,12 +46,14 @@ def reports(*pairs: tuple[float, float]) -> list[dict[str, float]]:
     ],
 )
 def test_a_collapse_is_named_once_with_causes(pairs: list[tuple[float, float]], word: str) -> None:
-    watch, said = watcher()
+    detector, logged = detector_and_log()
     for step, report in enumerate([{}, *reports(*pairs, pairs[-1], pairs[-1])]):
-        watch.check(step, report)
-    assert len(said) == 1 and said[0].startswith("warning: the features have collapsed at step ")
-    assert word in said[0] and "--lr 0.0015 is too high" in said[0]
-    assert "\n" not in said[0]
+        detector.check(step, report)
+    assert len(logged) == 1 and logged[0].startswith(
+        "warning: the features have collapsed at step "
+    )
+    assert word in logged[0] and "--lr 0.0015 is too high" in logged[0]
+    assert "\n" not in logged[0]
 
 
 @pytest.mark.parametrize(
@@ -63,27 +65,27 @@ def test_a_collapse_is_named_once_with_causes(pairs: list[tuple[float, float]], 
         [(2.0, 0.05), (2.5, 0.04)],  # a deep net whose features start out alike
     ],
 )
-def test_what_is_no_collapse(pairs: list[tuple[float, float]]) -> None:
-    watch, said = watcher("stop", 1024 if pairs[0][0] > 500 else 128)
+def test_no_collapse_is_reported(pairs: list[tuple[float, float]]) -> None:
+    detector, logged = detector_and_log("stop", 1024 if pairs[0][0] > 500 else 128)
     for step, report in enumerate(reports(*pairs)):
-        watch.check(step, report)
-    assert not said
+        detector.check(step, report)
+    assert not logged
 
 
 def test_it_warns_again_after_a_recovery_and_can_be_silenced() -> None:
     fall = reports((45, 0.3), (5, 0.3), (40, 0.3), (5, 0.3))
-    watch, said = watcher()
-    silent, nothing = watcher("ignore")
+    detector, logged = detector_and_log()
+    silent, nothing = detector_and_log("ignore")
     for step, report in enumerate(fall):
-        watch.check(step, report)
+        detector.check(step, report)
         silent.check(step, report)
-    assert len(said) == 2 and not nothing
+    assert len(logged) == 2 and not nothing
 
 
-def test_its_state_is_carried_over_a_resume() -> None:
-    before, _ = watcher("stop")
+def test_its_state_survives_a_resume() -> None:
+    before, _ = detector_and_log("stop")
     before.check(1, reports((45, 0.3))[0])
-    after, _ = watcher("stop")
+    after, _ = detector_and_log("stop")
     after.load_state_dict(before.state_dict())
     with pytest.raises(CollapseError, match=r"at best 45\.0 here"):
         after.check(2, reports((5, 0.3))[0])
@@ -98,8 +100,8 @@ def test_causes_are_those_of_the_run() -> None:
     assert "--label-smoothing" in "; ".join(likely_causes(recipe_config("digits-diet")))
 
 
-def train_watched(config: Config, epochs: int, watch: CollapseDetector) -> int:
-    """Train on the digits, checking at the end of each epoch and where the queue answers before;
+def train_checked(config: Config, epochs: int, detector: CollapseDetector) -> int:
+    """Train on the digits, checking at the end of each epoch and at each report before it;
     -> steps."""
     device, step = torch.device("cpu"), 0
     images = load_array("digits", "train", holdout=0.2)
@@ -120,7 +122,7 @@ def train_watched(config: Config, epochs: int, watch: CollapseDetector) -> int:
             optimizer.step()
             step += 1
             queue.update(views)
-            watch.check(step, queue.report(at_once=step % BATCHES == 0))
+            detector.check(step, queue.report(at_once=step % BATCHES == 0))
     return step
 
 
@@ -130,15 +132,15 @@ SMALL = {"image_size": 8}  # a quarter of the recipes' work
 def test_a_run_that_collapses_is_stopped() -> None:
     """VICReg with invariance alone; its RankMe, 54 at best, falls to 10 in the third epoch."""
     config = configured(VICREG, std_coeff=0.0, cov_coeff=0.0, lr=3e-2, **SMALL)  # type: ignore[arg-type]
-    watch, said = watcher("stop", config=config)
+    detector, logged = detector_and_log("stop", config=config)
     with pytest.raises(CollapseError, match=r"--sim-coeff 25, --std-coeff 0, --cov-coeff 0"):
-        train_watched(config, 5, watch)
-    assert not said
+        train_checked(config, 5, detector)
+    assert not logged
 
 
 @pytest.mark.parametrize("method", ["diet", "barlow", "vicreg"])
-def test_a_healthy_run_is_left_alone(method: str) -> None:
+def test_a_healthy_run_gives_no_warning(method: str) -> None:
     config = configured(VICREG, method=method, **SMALL)  # type: ignore[arg-type]
-    watch, said = watcher("stop", config=config)
-    assert train_watched(config, 2, watch) == 2 * BATCHES
-    assert not said
+    detector, logged = detector_and_log("stop", config=config)
+    assert train_checked(config, 2, detector) == 2 * BATCHES
+    assert not logged

@@ -1,4 +1,4 @@
-"""Reading data: every accepted form gives its images, labels stay apart, mistakes are named."""
+"""Reading data: every accepted form gives its images, labels are separate, errors are clear."""
 
 import pickle
 import tarfile
@@ -18,7 +18,7 @@ from tests.helpers.requires import needs
 
 
 def load_images(data: str, part: Part) -> Images:
-    """All images of one part, decoded to squares of 16 px and held."""
+    """All images of one part, decoded to squares of 16 px."""
     config = Config(data=data, load_size=16, on_corrupt="stop")
     split = open_split(config, part, hold=True)
     assert isinstance(split, ArraySplit)
@@ -64,7 +64,7 @@ def test_cifar10_npz_is_the_real_thing(data: Path, tmp_path: Path) -> None:
 
 def test_official_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The python batches, through torchvision; its checksums are those of the real files, so they
-    are lifted here."""
+    are disabled here."""
     from torchvision.datasets import CIFAR10
 
     rng = np.random.default_rng(0)
@@ -227,8 +227,8 @@ def test_too_large_for_memory() -> None:
     require_memory(1, "a byte", "nothing")
 
 
-def test_files_are_read_as_they_are_asked_for(tmp_path: Path) -> None:
-    """A split of files yields what one that is held does, in any order, without the unreadable."""
+def test_files_are_read_on_demand(tmp_path: Path) -> None:
+    """A FileSplit yields the images of an ArraySplit, in any order, without the unreadable."""
     write_images(tmp_path / "x", 9)
     (tmp_path / "x" / "3b.jpg").write_bytes(b"\xff\xd8\xff not a picture")
     config = Config(data=str(tmp_path / "x"), load_size=16, corrupt_quota=0.5, holdout=0.3)
@@ -248,7 +248,7 @@ def test_files_are_read_as_they_are_asked_for(tmp_path: Path) -> None:
 
 
 def test_labels_follow_the_images(tmp_path: Path) -> None:
-    """Rows of a held split, numbers of a split of files: both name the image's own class."""
+    """Rows of an ArraySplit and numbers of a FileSplit: both give the class of the image."""
     for number, name in enumerate(("ant", "bee")):
         (tmp_path / name).mkdir()
         for k in range(6):

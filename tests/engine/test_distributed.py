@@ -1,5 +1,5 @@
-"""Ranks: W of them with batches of N / W take the step of one with N; a dead one loses nothing; the
-next run may have another number of them."""
+"""Ranks: W of them with batches of N / W take the step of one with N; a run whose rank dies resumes
+on another number of ranks."""
 
 import os
 import time
@@ -25,7 +25,7 @@ from fastssl.objectives.oracles import LabelOracle, uses_oracle
 from fastssl.pretrain import pretrain
 from fastssl.recipes import recipe_config
 from fastssl.runtime.metrics_log import read_metrics
-from fastssl.step import Model, Step, _over_ranks
+from fastssl.step import Model, Step, _data_parallel
 from tests.helpers.gloo import on_ranks
 
 N, F, M = 8, 6, 24  # a batch, features, the data set
@@ -57,7 +57,7 @@ def gradients(rank: int, world: int) -> dict[str, Any]:
     found = {}
     for case, settings in CASES.items():
         model, count = model_of(case, ranks), settings.get("views", 2)
-        parallel = _over_ranks(model, ranks)  # held until the gradients are averaged
+        parallel = _data_parallel(model, ranks)  # referenced until the gradients are averaged
         metrics, _ = parallel([v[share] for v in views[:count]], index[share])
         metrics["loss"].backward()
         grads = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
@@ -68,14 +68,14 @@ def gradients(rank: int, world: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_have_the_loss_and_gradients_of_one_process(world: int) -> None:
-    alone = gradients(0, 1)
-    everyone = on_ranks(world, gradients)
+    single = gradients(0, 1)
+    all_ranks = on_ranks(world, gradients)
     for case in CASES:
-        loss, grads, statistics = alone[case]
-        losses = torch.stack([found[case][0] for found in everyone])
+        loss, grads, statistics = single[case]
+        losses = torch.stack([found[case][0] for found in all_ranks])
         assert (losses.mean() - loss).abs() < 1e-10 * loss.abs(), case
         total = nn.utils.get_total_norm(grads.values())  # a bias before batch norm has gradient 0
-        for _, shared, running in (found[case] for found in everyone):
+        for _, shared, running in (found[case] for found in all_ranks):
             assert shared.keys() == grads.keys()
             for name, gradient in grads.items():
                 assert (shared[name] - gradient).norm() < 1e-10 * total, (case, name)
@@ -126,17 +126,17 @@ def test_a_rank_dies_and_another_number_of_ranks_goes_on(tmp_path: Path) -> None
     with pytest.raises(Exception, match=r"exit code 17|terminated"):
         on_ranks(2, training, str(cut), 7)
     assert not (cut / "summary.json").exists()
-    said: list[str] = []
-    pretrain(RUN, cut, said.append)
-    assert any("resumed at step 6" in line for line in said)
-    assert any("resuming on 1 ranks; the run had 2" in line for line in said)
+    logged: list[str] = []
+    pretrain(RUN, cut, logged.append)
+    assert any("resumed at step 6" in line for line in logged)
+    assert any("resuming on 1 ranks; the run had 2" in line for line in logged)
     one, two = read_metrics(whole / "metrics.jsonl"), read_metrics(cut / "metrics.jsonl")
     assert [m["step"] for m in two] == list(range(1, 12))
     assert two[0]["grad_norm"] == pytest.approx(one[0]["grad_norm"], rel=2e-3)
     for a, b in zip(one, two, strict=True):  # fp32: what differs grows from step to step
         assert b["loss"] == pytest.approx(a["loss"], rel=2e-3), a["step"]
     with pytest.raises(ValueError, match="finished"):
-        pretrain(RUN, cut, said.append)
+        pretrain(RUN, cut, logged.append)
 
 
 def test_another_global_batch_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,11 +171,11 @@ def test_a_method_that_ranks_cannot_share_is_refused() -> None:
 def test_a_batch_that_ranks_cannot_share_is_refused() -> None:
     assert rank_batch(configured(SMALL, global_batch=96), 3) == 32
     assert rank_batch(SMALL, 3) == SMALL.batch_size
-    with pytest.raises(ValueError, match="--global-batch 100 cannot be shared evenly by 3 ranks"):
+    with pytest.raises(ValueError, match="--global-batch 100 is not divisible by 3 ranks"):
         rank_batch(configured(SMALL, global_batch=100), 3)
 
 
-def test_alone_agrees_with_itself() -> None:
+def test_collectives_of_a_single_process() -> None:
     with init_distributed("cpu") as ranks:
         assert ranks is SINGLE_PROCESS and ranks.is_main and ranks.group is None
     assert (

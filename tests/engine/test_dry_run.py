@@ -1,4 +1,4 @@
-"""What --dry-run foretells is near what the step then takes, and leaves nothing behind."""
+"""The estimate of --dry-run is close to what a step uses, and it writes nothing."""
 
 from pathlib import Path
 
@@ -22,9 +22,9 @@ CONFIG = recipe_config("digits-barlow", backbone="fastnet-8", device="cpu")
 @pytest.mark.parametrize("method", ["barlow", "diet"])
 def test_memory_is_near_the_peak_of_a_step(method: str) -> None:
     config = configured(CONFIG, method=method, channels_last=False)  # type: ignore[arg-type]
-    told = dry_run(config, print)
+    estimate = dry_run(config, print)
     peak = _peak_mib(config)
-    parts = told.mib["activations"] + told.mib["gradients"]
+    parts = estimate.mib["activations"] + estimate.mib["gradients"]
     assert peak == pytest.approx(parts, rel=0.25)
 
 
@@ -41,14 +41,14 @@ def _peak_mib(config: Config) -> float:
 
 
 def test_counts_are_exact() -> None:
-    told = dry_run(CONFIG, print)
+    estimate = dry_run(CONFIG, print)
     net = build_backbone("fastnet-8")
-    assert told.parameters["backbone"] == sum(p.numel() for p in net.parameters())
-    assert told.parameters["head of the method"] == 32 * 256 + 2 * 256 + 256 * 256
-    assert told.steps == CONFIG.epochs * 11
-    trained = sum(told.parameters.values())
-    assert told.mib["gradients"] == 4 * trained / 2**20
-    assert told.mib["optimizer"] == pytest.approx(2 * told.mib["gradients"], rel=0.01)
+    assert estimate.parameters["backbone"] == sum(p.numel() for p in net.parameters())
+    assert estimate.parameters["head of the method"] == 32 * 256 + 2 * 256 + 256 * 256
+    assert estimate.steps == CONFIG.epochs * 11
+    trained = sum(estimate.parameters.values())
+    assert estimate.mib["gradients"] == 4 * trained / 2**20
+    assert estimate.mib["optimizer"] == pytest.approx(2 * estimate.mib["gradients"], rel=0.01)
 
 
 def test_the_command_writes_nothing(
@@ -56,6 +56,6 @@ def test_the_command_writes_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert run(["train", "digits-barlow", "--dry-run", "--backbone", "fastnet-8"]) == 0
-    told = capsys.readouterr().out
-    assert "memory in all" in told and "440 steps of" in told
+    estimate = capsys.readouterr().out
+    assert "total memory" in estimate and "440 steps of" in estimate
     assert list(tmp_path.iterdir()) == []

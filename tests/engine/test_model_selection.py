@@ -1,5 +1,5 @@
-"""The spectrum of finished runs, against the criteria on features taken by hand, and runs in the
-order of each criterion."""
+"""The spectrum of finished runs, against the criteria on separately extracted features, and the
+ranking of runs by each criterion."""
 
 import json
 import math
@@ -55,9 +55,7 @@ def test_each_criterion_of_features_and_embeddings(folder: Path) -> None:
         assert measured[layer] == pytest.approx(expected, rel=1e-4), layer
 
 
-def test_it_is_kept_until_asked_for_otherwise(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_quality_is_cached_by_its_settings(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = measure_quality(folder, pytest.fail, **SETTINGS)
     other = measure_quality(folder, pytest.fail, **{**SETTINGS, "samples": 100})
     assert other["features"]["rankme"] != first["features"]["rankme"]
@@ -66,12 +64,12 @@ def test_it_is_kept_until_asked_for_otherwise(
     assert measure_quality(folder, pytest.fail, **{**SETTINGS, "samples": 100}) == other
 
 
-def test_an_infinite_alpha_is_kept_as_valid_json(folder: Path) -> None:
+def test_an_infinite_alpha_is_stored_as_valid_json(folder: Path) -> None:
     path = folder / "rank.json"
     measure_quality(folder, pytest.fail, **SETTINGS)
-    kept = json.loads(path.read_text())
-    kept["quality"]["features"]["alpha_req"] = None
-    path.write_text(json.dumps(kept))
+    stored = json.loads(path.read_text())
+    stored["quality"]["features"]["alpha_req"] = None
+    path.write_text(json.dumps(stored))
     assert measure_quality(folder, pytest.fail, **SETTINGS)["features"]["alpha_req"] == math.inf
     path.unlink()
 

@@ -1,4 +1,4 @@
-"""Every method: gradient, invariances, collapse, its paper's formula, and no way to a label.
+"""Every method: gradient, invariances, collapse, its paper's formula, and no access to labels.
 
 Shapes: N batch, F features, D embedding, V views.
 """
@@ -107,7 +107,7 @@ def test_collapse_scores_worse_than_good_features(method: str) -> None:
     good = hadamard()
     index = torch.arange(8)
     objective = on_embeddings(method, width=7)
-    if method in ("diet", "sdiet"):  # good where the rows answer to it, smoothly
+    if method in ("diet", "sdiet"):  # good where the head's rows match, with smoothing
         with torch.no_grad():
             objective.head.weight[:8] = 0.15 * good
     constant = torch.ones(8, 7, dtype=torch.float64)
@@ -261,7 +261,7 @@ def test_sdiet_is_its_formula() -> None:
     assert found == pytest.approx(expected.item(), rel=1e-9)
 
 
-def test_sdiet_makes_up_for_missed_steps_as_adamw_would() -> None:
+def test_sdiet_applies_missed_steps_as_adamw_would() -> None:
     """40 steps of 3 of 10 rows: what dense AdamW gives where absent rows have gradient 0."""
     torch.manual_seed(0)
     head = BatchHead(10, 4, lr=0.02, weight_decay=0.3).double()
@@ -280,7 +280,7 @@ def test_sdiet_makes_up_for_missed_steps_as_adamw_would() -> None:
     torch.testing.assert_close(weight, dense.detach(), rtol=0, atol=1e-5 * 0.02)
 
 
-def test_sdiet_leaves_its_rows_alone_in_evaluation() -> None:
+def test_sdiet_does_not_update_its_rows_in_evaluation() -> None:
     objective, (x, index) = build("sdiet"), inputs()
     before = objective.head.weight.clone()
     x.requires_grad_()
@@ -300,8 +300,8 @@ def test_a_fused_head_takes_the_steps_of_a_plain_one(optimizer: str) -> None:
         config = configured(BASE, method="diet", fused_head=fused, optimizer=optimizer, lr=0.1)  # type: ignore[arg-type]
         objective = build_objective(config, features=3, num_samples=SAMPLES)
         optimizer_ = build_optimizer(config, [nn.Linear(1, 1), objective])
-        held = [p for group in optimizer_.param_groups for p in group["params"]]
-        assert any(p is objective.head.weight for p in held) != fused  # type: ignore[union-attr]
+        optimized = [p for group in optimizer_.param_groups for p in group["params"]]
+        assert any(p is objective.head.weight for p in optimized) != fused  # type: ignore[union-attr]
         for lr in (0.1, 0.05, 0.2):
             x, index = inputs()
             objective.set_lr(lr)
@@ -332,7 +332,7 @@ def test_tuned_weights_are_those_of_the_published_runs() -> None:
     assert weights == sorted(weights, reverse=True) and weights[0] == pytest.approx(4)
 
 
-def test_weights_follow_width_and_views_unless_they_are_given() -> None:
+def test_weights_follow_width_and_views_unless_they_are_set() -> None:
     wide = {"projector_width": 256}
     assert build("barlow", **wide).lambd == 0.02  # three views take the table of two
     assert build("barlow", **wide, views=4).lambd == 0.01
@@ -361,7 +361,7 @@ class Poisoned:
 def test_no_method_can_reach_a_label(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two steps of the real loop, where every way to a label of the data is poisoned."""
+    """Two steps of the real loop, where every access to a label of the data is poisoned."""
     images = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 3), dtype=np.uint8)
     poison = np.array([object()], dtype=object)  # numpy refuses to unpickle it
     np.savez(tmp_path / "data.npz", x_train=images, x_test=images, y_train=poison, y_test=poison)
@@ -435,28 +435,28 @@ def test_a_new_method_is_a_class_and_a_line(monkeypatch: pytest.MonkeyPatch) -> 
     """A method that the repository does not have trains, is configured and listed by name."""
 
     @dataclass(frozen=True)
-    class OwnKnobs(ProjectorKnobs):
+    class CustomKnobs(ProjectorKnobs):
         """Of the test's method."""
 
-        pull: float = 2.0
+        attraction: float = 2.0
         """Weight of the distance."""
 
-    class Own(ProjectedObjective):
-        paper, formula, Knobs = "none, arXiv:0000.00000", "pull |z_a - z_b|^2", OwnKnobs
+    class Custom(ProjectedObjective):
+        paper, formula, Knobs = "none, arXiv:0000.00000", "attraction |z_a - z_b|^2", CustomKnobs
 
-        def __init__(self, features: int, knobs: OwnKnobs):
+        def __init__(self, features: int, knobs: CustomKnobs):
             super().__init__(features, knobs)
-            self.pull = knobs.pull
+            self.attraction = knobs.attraction
 
         def loss(self, embeddings: Sequence[Tensor]) -> Tensor:
-            return self.pull * (embeddings[0] - embeddings[1]).square().mean()
+            return self.attraction * (embeddings[0] - embeddings[1]).square().mean()
 
-    monkeypatch.setitem(METHODS, "own", Own)
-    config = configured(Config(), method="own", pull=3.0, projector_width=16)
+    monkeypatch.setitem(METHODS, "custom", Custom)
+    config = configured(Config(), method="custom", attraction=3.0, projector_width=16)
     objective = build_objective(config, features=4, num_samples=9)
     x = torch.randn(2, 5, 4)
     loss = objective(list(x), torch.arange(5))["loss"]
     a, b = (objective.projector(view) for view in x)  # type: ignore[operator]
     torch.testing.assert_close(loss, 3 * (a - b).square().mean())
-    parsed = parse_config("digits-barlow", ["--method", "own", "--pull", "0.5"])
-    assert parsed.objective == OwnKnobs(projector_width=256, projector_layers=2, pull=0.5)
+    parsed = parse_config("digits-barlow", ["--method", "custom", "--attraction", "0.5"])
+    assert parsed.objective == CustomKnobs(projector_width=256, projector_layers=2, attraction=0.5)

@@ -27,18 +27,18 @@ def silent(line: str) -> None:
     pass
 
 
-def test_asking_changes_nothing_but_the_end(tmp_path: Path) -> None:
+def test_the_probe_changes_nothing_but_the_end(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     pretrain(SHORT, tmp_path / "plain", silent)
     probed = pretrain(configured(SHORT, probe_epochs=1), tmp_path / "probed", silent)
     a, b = (load_file(tmp_path / name / "backbone.safetensors") for name in ("plain", "probed"))
     assert all(torch.equal(a[name], b[name]) for name in a)
-    answers = read_probes(tmp_path / "probed/probes.jsonl")
-    assert [x["step"] for x in answers] == [11, 22, 33, 44]
-    assert answers[-1]["knn"] == probed["accuracy"]["pretrained"]["knn_all"]["mean"]
-    target = answers[1]["knn"]
-    assert answers[0]["knn"] < target  # else the next lines could not fail
+    accuracies = read_probes(tmp_path / "probed/probes.jsonl")
+    assert [x["step"] for x in accuracies] == [11, 22, 33, 44]
+    assert accuracies[-1]["knn"] == probed["accuracy"]["pretrained"]["knn_all"]["mean"]
+    target = accuracies[1]["knn"]
+    assert accuracies[0]["knn"] < target  # else the next lines could not fail
     config = configured(SHORT, probe_epochs=1, target_accuracy=target)
     reached = pretrain(config, tmp_path / "target", silent)
     assert reached["steps"] == 22
@@ -53,7 +53,7 @@ def test_a_probe_without_labels_is_refused(tmp_path: Path) -> None:
         pretrain(config, tmp_path / "run", silent)
 
 
-def test_a_time_budget_is_kept(tmp_path: Path) -> None:
+def test_a_time_budget_is_observed(tmp_path: Path) -> None:
     begin = time.perf_counter()
     summary = pretrain(configured(SHORT, time_budget_s=2.0), tmp_path / "run", silent)
     assert 2.0 <= summary["train_s"] < 3.0 and time.perf_counter() - begin < 30
@@ -66,11 +66,11 @@ def test_ramps_train_few_small_views_first(tmp_path: Path, monkeypatch: pytest.M
     seen = []
     step = Step.__call__
 
-    def watched(self: Step, views: Sequence[Tensor], index: Tensor, lr: float) -> Any:
+    def recorded(self: Step, views: Sequence[Tensor], index: Tensor, lr: float) -> Any:
         seen.append((len(views), views[0].shape[-1]))
         return step(self, views, index, lr)
 
-    monkeypatch.setattr(Step, "__call__", watched)
+    monkeypatch.setattr(Step, "__call__", recorded)
     ramped = configured(SHORT, ramp_epochs=2, start_size=8, views=4, start_views=2)
     pretrain(ramped, tmp_path / "run", silent)
     assert seen == [(2, 8)] * 11 + [(3, 12)] * 11 + [(4, 16)] * 22

@@ -1,5 +1,4 @@
-"""Oracles: what they know, what they read, what they ask, and that they cannot contradict
-themselves."""
+"""Oracles: their graphs, the labels they read, the pairs they query, and contradictions."""
 
 import json
 from typing import Any
@@ -26,7 +25,7 @@ class Guarded:
         return self._labels[index]
 
 
-def test_knowing_nothing_every_image_is_like_itself() -> None:
+def test_without_knowledge_every_image_is_alike_only_to_itself() -> None:
     index = torch.tensor([3, 0, 2])
     torch.testing.assert_close(Oracle(5).block(index), torch.eye(3))
     assert Oracle(5).log() == {"oracle": "Oracle", "groups": 0, "in_groups": 0}
@@ -63,7 +62,7 @@ def test_a_share_of_the_labels_reads_no_other() -> None:
 
 def open_oracle(count: int = 8, queries: int = 20) -> QueryOracle:
     def refuse(i: int, j: int) -> bool:
-        raise AssertionError("nobody should be asked")
+        raise AssertionError("a query without need")
 
     return QueryOracle(count, refuse, queries)
 
@@ -72,18 +71,18 @@ def test_answers_imply_others() -> None:
     oracle = open_oracle()
     assert oracle.known(4, 4) is True and oracle.known(1, 2) is None
     for i, j, alike in [(5, 1, True), (2, 1, True), (6, 7, True), (2, 6, False)]:
-        oracle.tell(i, j, alike)
+        oracle.record(i, j, alike)
     assert oracle.known(5, 2) is True
     assert oracle.known(7, 5) is False and oracle.known(5, 7) is False
     assert oracle.known(0, 5) is None
-    oracle.tell(0, 7, True)
+    oracle.record(0, 7, True)
     assert oracle.known(0, 1) is False
     alike = {(a, b) for a, b in oracle.block(torch.arange(8)).nonzero().tolist() if a < b}
     assert alike == {(1, 2), (1, 5), (2, 5), (0, 6), (0, 7), (6, 7)}
 
 
 @pytest.mark.parametrize(
-    ("told", "last", "message"),
+    ("earlier", "last", "message"),
     [
         ([(0, 1, True), (1, 2, True)], (0, 2, False), "images 0 and 2 are not alike, but from"),
         ([(0, 1, True), (1, 2, False)], (2, 0, True), "images 2 and 0 are alike, but from"),
@@ -92,19 +91,19 @@ def test_answers_imply_others() -> None:
     ],
 )
 def test_an_oracle_that_contradicts_itself_is_one_clear_error(
-    told: list[tuple[int, int, bool]], last: tuple[int, int, bool], message: str
+    earlier: list[tuple[int, int, bool]], last: tuple[int, int, bool], message: str
 ) -> None:
     oracle = open_oracle()
-    for answer in told:
-        oracle.tell(*answer)
+    for answer in earlier:
+        oracle.record(*answer)
     with pytest.raises(ValueError, match=message) as raised:
-        oracle.tell(*last)
+        oracle.record(*last)
     assert "contradicts itself" in str(raised.value) and "\n" not in str(raised.value)
-    assert int(oracle.asked) == len(told)  # a refused answer leaves no trace
+    assert int(oracle.asked) == len(earlier)  # a refused answer leaves no trace
 
 
-def asking(queries: int, seed: int = 0) -> tuple[QueryOracle, list[int], torch.Tensor]:
-    """An oracle over 300 images of 6 classes, with noisy embeddings around the classes' own."""
+def query_oracle(queries: int, seed: int = 0) -> tuple[QueryOracle, list[int], torch.Tensor]:
+    """An oracle over 300 images of 6 classes, with noisy embeddings around those of the classes."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(6, (300,), generator=generator).tolist()
     noise = torch.randn(300, 8, generator=generator)
@@ -113,19 +112,19 @@ def asking(queries: int, seed: int = 0) -> tuple[QueryOracle, list[int], torch.T
     return oracle, labels, embeddings
 
 
-def test_queries_go_where_they_tell_most() -> None:
+def test_queries_have_the_highest_gain() -> None:
     """Sixty batches of 5 queries: no pair whose answer follows, many more yes than by chance, and
     far more pairs known than asked."""
-    oracle, labels, embeddings = asking(300)
+    oracle, labels, embeddings = query_oracle(300)
     generator = torch.Generator().manual_seed(1)
     open_before = []
-    tell = oracle.tell
+    record = oracle.record
 
-    def watched(i: int, j: int, alike: bool) -> None:
+    def checked(i: int, j: int, alike: bool) -> None:
         open_before.append(oracle.known(i, j))
-        tell(i, j, alike)
+        record(i, j, alike)
 
-    oracle.tell = watched  # type: ignore[method-assign]
+    oracle.record = checked  # type: ignore[method-assign]
     for _ in range(60):
         index = torch.randperm(300, generator=generator)[:64]
         oracle.ask(index, embeddings[index])
@@ -138,30 +137,30 @@ def test_queries_go_where_they_tell_most() -> None:
     assert (block.sum() - 300) / 2 > 10 * log["yes"]
 
 
-def test_the_budget_is_kept_and_the_rest_is_silence() -> None:
-    oracle, _, embeddings = asking(12)
+def test_no_query_exceeds_the_budget() -> None:
+    oracle, _, embeddings = query_oracle(12)
     index = torch.arange(64)
     for asked in (5, 10, 12, 12):
         oracle.ask(index, embeddings[index])
         assert int(oracle.asked) == asked
     with pytest.raises(ValueError, match="all 12 queries are spent; raise --oracle-queries"):
-        oracle.tell(0, 1, True)
+        oracle.record(0, 1, True)
 
 
-def test_a_batch_without_open_pairs_asks_nothing() -> None:
+def test_a_batch_without_open_pairs_has_no_query() -> None:
     oracle = open_oracle(3)
     for answer in [(0, 1, True), (1, 2, False)]:
-        oracle.tell(*answer)
+        oracle.record(*answer)
     oracle.ask(torch.arange(3), torch.randn(3, 4))
     assert int(oracle.asked) == 2
 
 
 def test_its_state_restores_what_it_knows_and_its_log_is_json() -> None:
-    oracle, _, embeddings = asking(20)
+    oracle, _, embeddings = query_oracle(20)
     for start in (0, 64):
         index = torch.arange(start, start + 64)
         oracle.ask(index, embeddings[index])
-    other, _, _ = asking(20)
+    other, _, _ = query_oracle(20)
     other.load_state_dict(oracle.state_dict())
     assert other.log() == oracle.log() == json.loads(json.dumps(oracle.log()))
     assert torch.equal(other.block(torch.arange(300)), oracle.block(torch.arange(300)))
@@ -172,7 +171,7 @@ def test_its_state_restores_what_it_knows_and_its_log_is_json() -> None:
     [
         (lambda: LabelOracle([0, 1], share=0.0), r"share is 0.0; it must lie in \(0, 1\]"),
         (lambda: QueryOracle(4, lambda i, j: True, 0), "got 0 queries, 8 per batch"),
-        (lambda: open_oracle(4).tell(0, 4, True), r"the pair \(0, 4\) lies outside the 4 images"),
+        (lambda: open_oracle(4).record(0, 4, True), r"the pair \(0, 4\) lies outside the 4 images"),
     ],
 )
 def test_bad_input_is_named(make: Any, message: str) -> None:

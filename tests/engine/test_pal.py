@@ -66,13 +66,13 @@ def test_simclr_on_a_graph_is_its_formula() -> None:
 
 def test_vicreg_on_a_graph_is_its_formula() -> None:
     z, p = embeddings(), neighbours(GRAPH, 2)
-    rows, pull = torch.cat(z), 0.0
+    rows, invariance = torch.cat(z), 0.0
     for i in range(6):
         for j in range(6):
-            pull += float(p[i, j] * (rows[i] - rows[j]).square().sum()) / (6 * 4)
+            invariance += float(p[i, j] * (rows[i] - rows[j]).square().sum()) / (6 * 4)
     spread = vicreg_loss(z, sim_coeff=0.0, std_coeff=2.0, cov_coeff=5.0).item()
     found = graph_loss("vicreg", z, p, sim_coeff=3.0, std_coeff=2.0, cov_coeff=5.0).item()
-    assert found == pytest.approx(3 * pull + spread, rel=1e-6)
+    assert found == pytest.approx(3 * invariance + spread, rel=1e-6)
 
 
 def test_spectral_on_a_graph_factors_it() -> None:
@@ -95,7 +95,7 @@ def test_barlow_twins_on_a_graph_is_its_formula() -> None:
 
 @pytest.mark.parametrize("method", ["simclr", "vicreg", "spectral"])
 @pytest.mark.parametrize("views", [2, 4])
-def test_where_nothing_is_known_it_is_the_method_itself(method: str, views: int) -> None:
+def test_without_knowledge_it_is_the_method_itself(method: str, views: int) -> None:
     plain, graph = (build(method, oracle, views) for oracle in (None, Oracle(9)))
     graph.projector = plain.projector
     x, index = embeddings(views, 5, 6), torch.tensor([3, 0, 8, 4, 1])
@@ -106,8 +106,8 @@ def test_where_nothing_is_known_it_is_the_method_itself(method: str, views: int)
 
 def build(method: str, oracle: Oracle | None, views: int = 2, **knobs: Any) -> Any:
     small = {"projector_width": 16, "projector_layers": 2, "views": views}
-    asked = "labels" if oracle else "none"
-    config = configured(Config(), method=method, oracle=asked, **small, **knobs)
+    name = "labels" if oracle else "none"
+    config = configured(Config(), method=method, oracle=name, **small, **knobs)
     count = oracle.num_samples if oracle else 9
     return build_objective(config, features=6, num_samples=count, oracle=oracle).double()
 
@@ -167,8 +167,8 @@ def test_a_weighted_graph_serves_any_loss() -> None:
     assert out["loss"].item() == pytest.approx(expected.item(), rel=1e-6)
 
 
-def test_a_run_with_queries_spends_them_and_keeps_what_it_learnt(tmp_path: Path) -> None:
-    """The real loop; its oracle asks in the first half, and what it knows is in the checkpoint."""
+def test_a_run_with_queries_spends_them_and_saves_the_answers(tmp_path: Path) -> None:
+    """The real loop: the oracle queries in the first half, and the checkpoint has its answers."""
     images = np.random.default_rng(0).integers(0, 256, (32, 8, 8, 3), dtype=np.uint8)
     labels = np.arange(32) % 3
     config = configured(
@@ -196,7 +196,7 @@ def test_a_run_with_queries_spends_them_and_keeps_what_it_learnt(tmp_path: Path)
     assert {name for name, _ in oracle.named_buffers()} == {"group", "answers", "asked"}
 
 
-def test_an_oracle_is_given_where_one_is_asked_for_and_nowhere_else() -> None:
+def test_an_oracle_is_given_exactly_where_the_config_names_one() -> None:
     config = configured(Config(), method="simclr", oracle="labels")
     with pytest.raises(ValueError, match="--oracle is labels, but none is given"):
         build_objective(config, features=4, num_samples=9)
@@ -204,5 +204,5 @@ def test_an_oracle_is_given_where_one_is_asked_for_and_nowhere_else() -> None:
         build_objective(
             configured(config, oracle="none"), features=4, num_samples=9, oracle=Oracle(9)
         )
-    with pytest.raises(ValueError, match="the oracle knows 8 images, the data set has 9"):
+    with pytest.raises(ValueError, match="the oracle covers 8 images, the data set has 9"):
         build_objective(config, features=4, num_samples=9, oracle=Oracle(8))

@@ -67,7 +67,7 @@ def test_linear_probe_is_scikit_learns(digits: Split) -> None:
     assert float(got) == oracle.score(test.double().numpy(), test_labels.numpy())
 
 
-def test_draws_are_balanced_repeatable_and_different() -> None:
+def test_label_samples_are_balanced_repeatable_and_different() -> None:
     labels = torch.tensor([0] * 50 + [1] * 50 + [2] * 3)
     chosen = sample_labels(labels, 5, seed=0)
     assert labels[chosen].bincount().tolist() == [5, 5, 3]
@@ -150,7 +150,7 @@ def test_ridge_probe_is_scikit_learns(digits: Split, rows: int, alpha: float) ->
     np.testing.assert_array_equal(scores.argmax(1).numpy(), oracle.predict(test.double().numpy()))
 
 
-def test_settings_ends_at_the_minimum(digits: Split) -> None:
+def test_sgd_probe_converges_to_the_minimum(digits: Split) -> None:
     """Where the gradient of cross-entropy plus decay is a thousandth of what it began with."""
     x, y = digits[0][:200].double(), digits[1][:200]
     settings = SGDSettings(lr=0.5, epochs=400, batch_size=200, weight_decay=0.01, cosine=True)
@@ -167,7 +167,7 @@ def test_settings_ends_at_the_minimum(digits: Split) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_settings_takes_the_papers_steps(digits: Split, optimizer: str) -> None:
+def test_sgd_probe_takes_the_steps_of_torch(digits: Split, optimizer: str) -> None:
     """Two epochs in batches of 60 of 100, against a linear layer trained in plain PyTorch."""
     x, y = digits[0][:100], digits[1][:100]
     settings = SGDSettings(
@@ -215,7 +215,7 @@ def test_every_probe_shares_the_features(digits: Split) -> None:
     assert table["linear_all"].std == 0 < table["linear_10%"].std
 
 
-def test_a_probe_may_see_the_features_as_they_are(digits: Split) -> None:
+def test_a_probe_may_use_raw_features(digits: Split) -> None:
     seen: list[Tensor] = []
 
     def fit(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

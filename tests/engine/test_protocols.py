@@ -1,5 +1,5 @@
-"""The papers' protocols on finished runs: what they average, against the network and the views by
-hand; a run's frozen networks, against the objective that trained."""
+"""Protocols on finished runs, against features averaged directly; a run's networks, against the
+objective that trained."""
 
 from functools import partial
 from pathlib import Path

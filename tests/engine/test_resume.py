@@ -1,4 +1,4 @@
-"""A run that is stopped, anywhere and by anything, ends with the weights of a run let be."""
+"""A run stopped anywhere and by anything ends with the weights of an uninterrupted one."""
 
 import os
 import random
@@ -23,7 +23,7 @@ TRIALS = int(os.environ.get("FASTSSL_TRIALS", "3"))  # of SIGKILLs; 20 take 20 m
 SMALL = ("--epochs", "12", "--backbone", "fastnet-8", "--label-draws", "1")
 
 
-def test_signals_are_obeyed_at_once_or_held_back() -> None:
+def test_signals_stop_at_once_or_are_deferred() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with stop_signals() as stop:
         with stop.deferred():
@@ -57,7 +57,7 @@ def start(run: Path, *arguments: str) -> subprocess.Popen[str]:
 
 
 def wait_for_progress(process: subprocess.Popen[str], run: Path, reports: int) -> None:
-    """Until the run has written so many reports, or has ended."""
+    """Wait until the run has written `reports` reports or has ended."""
     metrics = run / "metrics.jsonl"
     while process.poll() is None and not (
         metrics.exists() and metrics.read_text().count("\n") >= reports
@@ -66,8 +66,8 @@ def wait_for_progress(process: subprocess.Popen[str], run: Path, reports: int) -
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    run = tmp_path_factory.mktemp("undisturbed") / "run"
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    run = tmp_path_factory.mktemp("uninterrupted") / "run"
     out, err = start(run).communicate()
     assert (run / "backbone.safetensors").exists(), out + err
     return load_file(run / "backbone.safetensors")
@@ -97,16 +97,16 @@ def assert_killed_twice_ends_alike(
 @pytest.mark.slow
 @pytest.mark.parametrize("trial", range(TRIALS))
 def test_killed_twice_it_ends_with_the_same_weights(
-    trial: int, tmp_path: Path, undisturbed: dict[str, torch.Tensor]
+    trial: int, tmp_path: Path, uninterrupted: dict[str, torch.Tensor]
 ) -> None:
-    assert_killed_twice_ends_alike(tmp_path / "run", trial, undisturbed)
+    assert_killed_twice_ends_alike(tmp_path / "run", trial, uninterrupted)
 
 
 @pytest.fixture(scope="module", params=["dali", "ffcv"])
 def on_jpegs(
     request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[list[str], dict[str, torch.Tensor]]:
-    """A run with an engine that decodes as it goes: its arguments, and its weights when let be."""
+    """A run with a streaming engine: its arguments, and its weights when uninterrupted."""
     folder = tmp_path_factory.mktemp(request.param)
     with tarfile.open(data / "imagenette-224-1000.tar") as tar:
         members = [m for m in tar if m.isfile()]
@@ -134,7 +134,7 @@ def test_killed_twice_engines_that_decode_go_on(
     ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)]
 )
 def test_a_signal_saves_and_the_same_command_resumes(
-    number: signal.Signals, code: int, tmp_path: Path, undisturbed: dict[str, torch.Tensor]
+    number: signal.Signals, code: int, tmp_path: Path, uninterrupted: dict[str, torch.Tensor]
 ) -> None:
     run = tmp_path / "run"
     process = start(run)
@@ -145,13 +145,13 @@ def test_a_signal_saves_and_the_same_command_resumes(
     assert err == f"fastssl: stopped by {number.name}; the same command resumes the run\n"
     out, _ = start(run).communicate()
     assert "resumed at step" in out
-    assert_equal_weights(run, undisturbed)
+    assert_equal_weights(run, uninterrupted)
 
 
 def signalled(
     monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int, number: int
 ) -> None:
-    """The signal comes at the end of the given call of owner.name; later ones are as before."""
+    """Raise the signal at the end of the given call of owner.name, and only there."""
     original, calls = getattr(owner, name), 0
 
     def wrapper(*arguments: Any, **named: Any) -> Any:
@@ -166,7 +166,7 @@ def signalled(
 
 
 PHASES: dict[str, tuple[Callable[[], Any], str, int, int, str | None]] = {
-    # phase: where, what, which call of it, the signal, what the same command says then
+    # phase: module, function, number of its call, signal, log of the same command afterwards
     "loading": (lambda: fastssl.data.loading, "open_split", 1, signal.SIGTERM, None),
     "compiling": (lambda: fastssl.step.Model, "forward", 1, signal.SIGINT, "resumed at step 1 of"),
     "updating": (lambda: fastssl.step.Step, "_update", 5, signal.SIGUSR1, "resumed at step 5 of"),
@@ -198,8 +198,8 @@ SHORT = ["train", "digits-diet", *SMALL[2:], "--epochs", "2", "--warmup-epochs",
 
 
 @pytest.fixture(scope="module")
-def let_be(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    folder = tmp_path_factory.mktemp("let_be") / "run"
+def uninterrupted_short(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
     assert run([*SHORT, "--run", str(folder)]) == 0
     return load_file(folder / "backbone.safetensors")
 
@@ -208,11 +208,11 @@ def let_be(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
 def test_a_signal_in_any_phase(
     phase: str,
     tmp_path: Path,
-    let_be: dict[str, torch.Tensor],
+    uninterrupted_short: dict[str, torch.Tensor],
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    owner, name, call, number, then = PHASES[phase]
+    owner, name, call, number, expected = PHASES[phase]
     seconds = "0" if phase == "saving" else "1000"
     flags = ["--probe-epochs", "1", "--checkpoint-s", seconds]
     stopped = [*SHORT, *flags, "--run", str(tmp_path / "run")]
@@ -222,5 +222,5 @@ def test_a_signal_in_any_phase(
     capsys.readouterr()
     assert run(stopped) == 0
     out = capsys.readouterr().out
-    assert then in out if then else "resumed" not in out
-    assert_equal_weights(tmp_path / "run", let_be)
+    assert expected in out if expected else "resumed" not in out
+    assert_equal_weights(tmp_path / "run", uninterrupted_short)

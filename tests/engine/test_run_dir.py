@@ -1,5 +1,4 @@
-"""Run folders and checkpoints: nothing is overwritten, nothing is half written, nothing hostile is
-run."""
+"""Run folders: nothing is overwritten, and configs of other versions are read or refused."""
 
 import json
 from pathlib import Path
@@ -25,8 +24,8 @@ def test_a_config_of_another_version_is_refused() -> None:
         config_from_json('{"colour": 1, "lr": 2.0}')
 
 
-def test_configs_that_held_the_knobs_of_every_method_are_read() -> None:
-    """A config.json of version 0.1 names the knobs of all methods, whatever the run's own."""
+def test_configs_with_the_knobs_of_every_method_are_read() -> None:
+    """A config.json of version 0.1 names the knobs of all methods."""
     old = json.loads(config_to_json(recipe_config("digits-barlow", projector_width=64)))
     old |= {"label_smoothing": 0.8, "fused_head": False, "temperature": 0.15, "eps_sq": 0.2}
     config = config_from_json(json.dumps(old))
@@ -55,12 +54,12 @@ def test_knobs_out_of_range(change: dict[str, object], message: str) -> None:
 def test_states_of_a_folder(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     assert not run_dir.is_resumed(folder, CONFIG)
-    assert not folder.exists(), "asking writes nothing"
+    assert not folder.exists(), "the check writes nothing"
     run_dir.create(folder, CONFIG)
     assert read_config(folder) == configured(CONFIG, run=str(folder))
     assert run_dir.is_resumed(folder, CONFIG)
     with pytest.raises(
-        ValueError, match=r"holds another run \(--lr 0.003 there, 0.5 here\); pass another --run"
+        ValueError, match=r"contains another run \(--lr 0.003 there, 0.5 here\); pass another --run"
     ):
         run_dir.is_resumed(folder, configured(CONFIG, lr=0.5))
     run_dir.write_text(folder / "summary.json", "{}")
@@ -69,7 +68,7 @@ def test_states_of_a_folder(tmp_path: Path) -> None:
     stranger = tmp_path / "stranger"
     stranger.mkdir()
     (stranger / "thesis.tex").touch()
-    with pytest.raises(ValueError, match="holds no run"):
+    with pytest.raises(ValueError, match="contains no run"):
         run_dir.is_resumed(stranger, CONFIG)
 
 

@@ -1,4 +1,4 @@
-"""How far a run has come: steps, seconds under a budget, ramps."""
+"""Schedules by steps and by seconds under a budget, and ramps."""
 
 import pytest
 
@@ -47,7 +47,7 @@ def test_ramps_reach_the_full_views() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"target_accuracy": 80.0, "probe_epochs": 1}, "give a share, such as 0.8"),
+        ({"target_accuracy": 80.0, "probe_epochs": 1}, "pass a fraction, such as 0.8"),
         ({"target_accuracy": 0.8}, "--target-accuracy needs --probe-epochs"),
         ({"start_size": 16}, "need --ramp-epochs"),
         ({"start_size": 300, "ramp_epochs": 2}, "must not exceed --image-size"),

@@ -1,5 +1,5 @@
 """Each criterion against its formula written out with an SVD, on spectra that are known, and the
-queue against the rows it should hold."""
+queue against the rows it should contain."""
 
 import math
 from itertools import pairwise
@@ -153,16 +153,16 @@ def test_the_queue_holds_the_last_rows(batch: int) -> None:
     assert queue.report() == {}
     batches = [noise(batch, 4, seed=i) for i in range(7)]
     for z in batches:
-        queue.update([z, torch.full_like(z, math.nan)])  # only the first view is kept
+        queue.update([z, torch.full_like(z, math.nan)])  # only the first view is stored
     last = torch.cat(batches)[-10:]
-    held = {tuple(row.tolist()) for row in queue.rows}
-    assert held == {tuple(row.tolist()) for row in last}
+    stored = {tuple(row.tolist()) for row in queue.rows}
+    assert stored == {tuple(row.tolist()) for row in last}
     report = queue.report()
     assert report["rankme"] == pytest.approx(rankme(last), rel=1e-9)
     assert report["feature_std"] == pytest.approx(float(feature_std(last)), rel=1e-6)
 
 
-def test_a_restored_queue_goes_on_as_if_nothing_had_happened() -> None:
+def test_a_restored_queue_continues_identically() -> None:
     through, stopped = SpectrumQueue(4, "cpu", capacity=10), SpectrumQueue(4, "cpu", capacity=10)
     for i in range(5):
         through.update([noise(7, 4, seed=i)])
@@ -178,8 +178,8 @@ def test_a_restored_queue_goes_on_as_if_nothing_had_happened() -> None:
         SpectrumQueue(5, "cpu", capacity=10).load_state_dict(state)
 
 
-def test_reports_keep_to_their_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clock by hand: a report that costs 1 s is followed by 99 s and more without one."""
+def test_reports_take_a_bounded_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a mock clock: a report that costs 1 s is followed by 99 s and more without one."""
     now = [100.0]
 
     def read() -> float:
@@ -189,16 +189,16 @@ def test_reports_keep_to_their_share_of_the_time(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("time.perf_counter", read)
     queue = SpectrumQueue(4, "cpu", capacity=10)
     queue.update([noise(10, 4)])
-    answered = []
+    reported_at = []
     while now[0] < 500:
         if queue.report():
-            answered.append(now[0])
-    assert len(answered) > 3
-    assert all(b - a >= 50 for a, b in pairwise(answered))
+            reported_at.append(now[0])
+    assert len(reported_at) > 3
+    assert all(b - a >= 50 for a, b in pairwise(reported_at))
     assert queue.report(at_once=True)
 
 
-def test_features_that_are_not_finite_are_left_to_the_loss() -> None:
+def test_features_that_are_not_finite_give_no_report() -> None:
     queue = SpectrumQueue(4, "cpu", capacity=10)
     queue.update([torch.full((10, 4), math.nan)])
     assert queue.report() == {}

@@ -51,21 +51,21 @@ def gradients(model: nn.Module, views: Sequence[Tensor]) -> tuple[Tensor, dict[s
 
 @pytest.mark.parametrize("parts", [2, 3])
 def test_parts_have_the_gradient_of_the_whole_batch(parts: int) -> None:
-    """For losses that are no sums over images, where adding up the parts' own losses is wrong."""
+    """For losses that are no sums over images, where summing the losses of the parts is wrong."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     views = [torch.randn(9, 3, 8, 8, dtype=torch.float64) for _ in range(2)]
     for objective in (small("barlow", 8, 16), small("vicreg", 8, 16)):
         whole = Model(net, objective).double()
-        loss, wanted = gradients(whole, views)
+        loss, expected = gradients(whole, views)
         in_parts = Model(net, objective, parts).double()
         same_loss, found = gradients(in_parts, views)
         torch.testing.assert_close(same_loss, loss)
-        for name, gradient in wanted.items():
+        for name, gradient in expected.items():
             torch.testing.assert_close(found[name], gradient, msg=name)
-        alone = [gradients(whole, [v[i::3] for v in views])[1] for i in range(3)]
-        summed = sum(g["backbone.0.weight"] for g in alone) / 3
-        assert (summed - wanted["backbone.0.weight"]).norm() > 1e-3 * summed.norm()
+        by_part = [gradients(whole, [v[i::3] for v in views])[1] for i in range(3)]
+        summed = sum(g["backbone.0.weight"] for g in by_part) / 3
+        assert (summed - expected["backbone.0.weight"]).norm() > 1e-3 * summed.norm()
 
 
 def test_parts_count_once_in_running_statistics() -> None:
@@ -145,12 +145,12 @@ def test_a_skipped_first_step_leaves_momentum_at_rest(monkeypatch: pytest.Monkey
 
 
 def test_the_guard_names_step_and_images_and_gives_up_after_a_row() -> None:
-    said: list[str] = []
+    logged: list[str] = []
     index, good, bad = torch.arange(90, 100), torch.tensor(True), torch.tensor(False)
-    guard = NonFiniteGuard(nn.BatchNorm1d(3), "skip", said.append)
+    guard = NonFiniteGuard(nn.BatchNorm1d(3), "skip", logged.append)
     for step in range(1, MAX_CONSECUTIVE_SKIPS):
         guard.add(step, index, bad)
-    assert said[6] == (
+    assert logged[6] == (
         "the loss or its gradient is not finite at step 7, images 90, 91, 92, 93, 94, 95, 96, 97 "
         "and 2 more; the step was skipped"
     )
@@ -160,7 +160,7 @@ def test_the_guard_names_step_and_images_and_gives_up_after_a_row() -> None:
     with pytest.raises(NonFiniteLossError, match="10 steps in a row; try a lower --lr"):
         guard.add(MAX_CONSECUTIVE_SKIPS, index, bad)
     with pytest.raises(NonFiniteLossError, match=r"at step 5, .* or --on-nonfinite skip"):
-        NonFiniteGuard(nn.Identity(), "stop", said.append).add(5, index, bad)
+        NonFiniteGuard(nn.Identity(), "stop", logged.append).add(5, index, bad)
 
 
 def test_running_statistics_of_a_bad_batch_are_undone() -> None:
@@ -168,10 +168,10 @@ def test_running_statistics_of_a_bad_batch_are_undone() -> None:
     guard = NonFiniteGuard(norm, "skip", lambda line: None)
     norm(torch.tensor([[1.0, 2.0], [3.0, 5.0]]))
     guard.add(1, torch.arange(2), torch.tensor(True))
-    kept = norm.running_mean.clone()  # type: ignore[union-attr]
+    before = norm.running_mean.clone()  # type: ignore[union-attr]
     norm(torch.tensor([[torch.nan, 2.0], [3.0, 5.0]]))
     guard.add(2, torch.arange(2), torch.tensor(False))
-    assert torch.equal(norm.running_mean, kept)  # type: ignore[arg-type]
+    assert torch.equal(norm.running_mean, before)  # type: ignore[arg-type]
 
 
 def test_a_failed_compile_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,13 +185,15 @@ def test_a_failed_compile_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -
         return Broken()
 
     monkeypatch.setattr(torch, "compile", compiled)
-    said: list[str] = []
+    logged: list[str] = []
     step, _ = step_of(configured(CONFIG, compile=True), small("barlow", 16, 16))
-    step._log = said.append
+    step._log = logged.append
     views, index = [torch.randn(6, 3, 8, 8) for _ in range(2)], torch.arange(6)
     for _ in range(2):
         assert bool(step(views, index, 0.01)[0]["loss"].isfinite())
-    assert len(said) == 1 and "continuing without it" in said[0] and "no C++ compiler" in said[0]
+    assert (
+        len(logged) == 1 and "continuing without it" in logged[0] and "no C++ compiler" in logged[0]
+    )
 
 
 @pytest.mark.gpu

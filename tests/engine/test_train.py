@@ -58,7 +58,7 @@ def test_one_seed_repeats_bit_for_bit_and_two_differ(method: str, tmp_path: Path
     ]
 
 
-def test_the_folder_holds_what_is_promised(tmp_path: Path) -> None:
+def test_the_files_of_a_run_folder(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     run(short("digits-barlow"), folder)
     files = {path.name for path in folder.iterdir()}
@@ -86,16 +86,16 @@ def test_the_folder_holds_what_is_promised(tmp_path: Path) -> None:
 def test_an_interrupted_run_resumes_inside_an_epoch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped twice inside one epoch of 11 batches, it ends with the weights of a run let be."""
+    """Stopped twice inside an epoch of 11 batches, it ends with the uninterrupted run's weights."""
     config = short("digits-diet", epochs=3)
-    undisturbed = run(config, tmp_path / "whole")
+    uninterrupted = run(config, tmp_path / "whole")
     for steps in (13, 4):  # to step 13, then to step 17
         monkeypatch.setattr(fastssl.train.CheckpointTimer, "is_due", stop_after(steps))
         with pytest.raises(KeyboardInterrupt):
             run(config, tmp_path / "cut")
     monkeypatch.undo()
     assert not (tmp_path / "cut/summary.json").exists()
-    assert same(undisturbed, run(config, tmp_path / "cut"))
+    assert same(uninterrupted, run(config, tmp_path / "cut"))
     steps = [m["step"] for m in read_metrics(tmp_path / "cut/metrics.jsonl")]
     assert steps == [5, 10, 15, 20, 25, 30, 33]
 
@@ -115,7 +115,7 @@ def stop_after(steps: int) -> Callable[[object], bool]:
 
 
 def test_labels_cannot_reach_training(tmp_path: Path) -> None:
-    """Labels that cannot be read at all leave the trained weights as they are."""
+    """Labels that cannot be read at all leave the trained weights unchanged."""
     images = np.random.default_rng(0).integers(0, 256, (96, 8, 8, 3), dtype=np.uint8)
     config = short("digits-diet", batch_size=32, data=str(tmp_path / "plain.npz"))
     np.savez(tmp_path / "plain.npz", x_train=images, x_test=images)

@@ -224,7 +224,7 @@ def test_mistakes(
 def test_the_command(classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "x.npy"
     assert run(["convert", str(classes), str(target), "--size", "16", "--workers", "2"]) == 0
-    assert f"30 images in {target}, 0 left out" in capsys.readouterr().out.replace("\n", "")[-400:]
+    assert f"30 images in {target}, 0 skipped" in capsys.readouterr().out.replace("\n", "")[-400:]
     for arguments, message in (
         ([str(classes), str(target), "--size", "16"], "exists; remove it"),
         (["/nowhere", str(tmp_path / "y.beton")], "/nowhere does not exist"),

@@ -471,10 +471,13 @@ def test_the_command_line_reaches_the_engine(data: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"render": "dali"}, "--render dali needs --engine dali, and it is resident"),
-        ({"render": "dali", "engine": "ffcv"}, "--render dali needs --engine dali, and it is ffcv"),
-        ({"oriented": True, "engine": "ffcv"}, "engine ffcv cannot turn images"),
-        ({"oriented": True, "engine": "auto", "data": "x.beton"}, "engine ffcv cannot turn images"),
+        ({"render": "dali"}, "--render dali needs --engine dali, not resident"),
+        ({"render": "dali", "engine": "ffcv"}, "--render dali needs --engine dali, not ffcv"),
+        ({"oriented": True, "engine": "ffcv"}, "engine ffcv ignores EXIF orientation"),
+        (
+            {"oriented": True, "engine": "auto", "data": "x.beton"},
+            "engine ffcv ignores EXIF orientation",
+        ),
     ],
 )
 def test_options_that_an_engine_has_not(changes: dict[str, Any], message: str) -> None:

@@ -266,9 +266,15 @@ def pretrain_and_score(batches, labels: torch.Tensor, images: torch.Tensor, seed
     torch.manual_seed(seed)
     conv = torch.nn.Conv2d
     body = torch.nn.Sequential(
-        *(conv(3, 32, 3, 2, 1), torch.nn.BatchNorm2d(32), torch.nn.ReLU()),
-        *(conv(32, 64, 3, 2, 1), torch.nn.BatchNorm2d(64), torch.nn.ReLU()),
-        *(conv(64, 128, 3, 2, 1), torch.nn.BatchNorm2d(128), torch.nn.ReLU()),
+        conv(3, 32, 3, 2, 1),
+        torch.nn.BatchNorm2d(32),
+        torch.nn.ReLU(),
+        conv(32, 64, 3, 2, 1),
+        torch.nn.BatchNorm2d(64),
+        torch.nn.ReLU(),
+        conv(64, 128, 3, 2, 1),
+        torch.nn.BatchNorm2d(128),
+        torch.nn.ReLU(),
         torch.nn.AdaptiveAvgPool2d(1),
         torch.nn.Flatten(),
     )
