@@ -58,7 +58,10 @@ def parse_config(recipe: str, flags: list[str]) -> Config:
             "^Error parsing (Config|objective): ", "", _first_paragraph(errors.getvalue())
         )
         raise UsageError(f"{reason}; see `fastssl train {recipe} --help`") from None
-    return complete(config)
+    try:
+        return complete(config)
+    except ValueError as error:
+        raise UsageError(f"{error}; see `fastssl train {recipe} --help`") from None
 
 
 def _value_of(name: str, flags: list[str]) -> str | None:
