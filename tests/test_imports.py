@@ -36,8 +36,8 @@ ALLOWED = {
         *("safetensors", "sklearn", "tyro", "rich", "matplotlib", "PIL"),
     },
 }
-# The floors of fastssl: a file or folder imports from the floors above it in this list alone.
-FLOORS = (
+# The layers of fastssl: a file or folder imports from those earlier in this list alone.
+LAYERS = (
     {"config"},
     {"backbones", "device", "distributed", "optim", "schedule"},
     {"objectives"},
@@ -83,7 +83,7 @@ def test_arrows(folder: str, path: Path) -> None:
         )
 
 
-def floor_imports(path: Path, root: Path) -> set[tuple[str, str]]:
+def layer_imports(path: Path, root: Path) -> set[tuple[str, str]]:
     """(importer, imported) of the files and folders of fastssl that a source file imports."""
     importer = path.relative_to(root).parts[0].removesuffix(".py")
     names: list[str] = []
@@ -98,26 +98,26 @@ def floor_imports(path: Path, root: Path) -> set[tuple[str, str]]:
 
 
 def upward(edges: set[tuple[str, str]]) -> set[tuple[str, str]]:
-    """The imports that do not go down the floors."""
-    floor = {name: k for k, names in enumerate(FLOORS) for name in names}
-    return {(a, b) for a, b in edges if floor[b] >= floor[a]}
+    """The imports that do not go to a lower layer."""
+    layer = {name: k for k, names in enumerate(LAYERS) for name in names}
+    return {(a, b) for a, b in edges if layer[b] >= layer[a]}
 
 
-def test_imports_of_fastssl_go_down_the_floors() -> None:
+def test_imports_of_fastssl_go_down_the_layers() -> None:
     root = ROOT / "fastssl"
     present = {path.name.removesuffix(".py") for path in root.iterdir() if path.name[0] not in "_."}
-    assert present - {"py.typed"} | {"__main__"} == set().union(*FLOORS)
-    edges = set().union(*(floor_imports(path, root) for path in root.rglob("*.py")))
+    assert present - {"py.typed"} | {"__main__"} == set().union(*LAYERS)
+    edges = set().union(*(layer_imports(path, root) for path in root.rglob("*.py")))
     assert not upward(edges) and len(edges) > 30
 
 
-def test_the_floors_see_an_import_that_goes_up(tmp_path: Path) -> None:
+def test_the_layers_see_an_import_that_goes_up(tmp_path: Path) -> None:
     root = tmp_path / "fastssl"
     (root / "data").mkdir(parents=True)
     (root / "data" / "bad.py").write_text(
         "from fastssl import config\ndef f():\n    from fastssl.train import train\n"
     )
-    edges = floor_imports(root / "data" / "bad.py", root)
+    edges = layer_imports(root / "data" / "bad.py", root)
     assert edges == {("data", "config"), ("data", "train")}
     assert upward(edges) == {("data", "train")}
 
