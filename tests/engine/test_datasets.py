@@ -91,7 +91,7 @@ def test_official_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         np.testing.assert_array_equal(load_labels(str(where), "test", holdout=0.2), [5] * 4)
 
 
-def test_a_failed_download_says_what_to_pass(
+def test_a_failed_download_names_the_alternatives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from torchvision.datasets import CIFAR10

@@ -120,7 +120,7 @@ RUN = configured(
 )
 
 
-def test_a_rank_dies_and_another_number_of_ranks_goes_on(tmp_path: Path) -> None:
+def test_a_rank_dies_and_another_number_of_ranks_resumes(tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     pretrain(RUN, whole, lambda line: None)
     with pytest.raises(Exception, match=r"exit code 17|terminated"):

@@ -48,7 +48,7 @@ def test_every_measured_recipe_has_a_card() -> None:
         assert found == {experiment} and hasattr(accuracy, experiment)
 
 
-def test_cards_say_what_is_measured_and_what_is_not() -> None:
+def test_cards_print_figures_or_not_measured_yet() -> None:
     assert str(RECIPES["digits-diet"].card) == (
         "2 CPU cores, 37 s: linear 10 0.970 ± 0.002, knn 10 0.963 ± 0.002 (n 3, 2026-11-22)"
     )

@@ -122,7 +122,7 @@ def on_jpegs(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trial", range(TRIALS if TRIALS > 3 else 1))
-def test_killed_twice_engines_that_decode_go_on(
+def test_killed_twice_streaming_engines_resume(
     trial: int, on_jpegs: tuple[list[str], dict[str, torch.Tensor]], tmp_path: Path
 ) -> None:
     arguments, weights = on_jpegs

@@ -174,7 +174,7 @@ def test_running_statistics_of_a_bad_batch_are_undone() -> None:
     assert torch.equal(norm.running_mean, before)  # type: ignore[arg-type]
 
 
-def test_a_failed_compile_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_compile_is_logged_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._dynamo.exc import BackendCompilerFailed
 
     def compiled(model: nn.Module, mode: str | None) -> nn.Module:

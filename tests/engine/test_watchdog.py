@@ -12,7 +12,7 @@ def hang_in_here(seconds: float) -> None:
     time.sleep(seconds)
 
 
-def test_a_stalled_step_tells_its_phase_and_stack_once() -> None:
+def test_a_stalled_step_logs_its_phase_and_stack_once() -> None:
     logged: list[tuple[float, str]] = []
     with Watchdog(
         lambda line: logged.append((time.monotonic(), line)), min_timeout_s=0.2

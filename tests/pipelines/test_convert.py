@@ -105,9 +105,7 @@ def test_shards_are_cut_by_size(
     assert len(open_encoded(tmp_path / "shards")) == 30
 
 
-def test_it_goes_on_where_it_stopped(
-    classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_resumes(classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Interrupted, with the last record torn; the second run converts only what is missing."""
     target = tmp_path / "x.beton"
 

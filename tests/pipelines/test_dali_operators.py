@@ -86,7 +86,7 @@ def test_the_stream_depends_on_seed_epoch_and_index_alone(files: list[Path]) -> 
     assert not any(torch.equal(view, known[i]) for i, view in shared.items())
 
 
-def test_params_say_what_was_rendered(files: list[Path]) -> None:
+def test_params_describe_the_views(files: list[Path]) -> None:
     """Each engine's own draws, but for the order of jitter, which is DALI's."""
     ours = next(opened(files, keep_params=True).epoch(1))
     theirs = next(
@@ -230,7 +230,7 @@ def test_every_field_is_supported_or_refused() -> None:
     assert {field.name for field in fields(View)} >= SUPPORTED_FIELDS
 
 
-def test_the_approximations_are_told_once(
+def test_the_approximations_are_logged_once(
     files: list[Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, "fastssl_pipelines"):

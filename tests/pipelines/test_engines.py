@@ -333,7 +333,7 @@ def test_auto_logs_its_choice(sources: dict[str, Any], caplog: pytest.LogCapture
         open_pipeline("dari", sources["dali"], views=VIEWS, batch_size=3, seed=0, device="cpu")
 
 
-def test_auto_says_what_to_install(
+def test_auto_names_what_to_install(
     sources: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fastssl_pipelines.find_spec", lambda name: None)

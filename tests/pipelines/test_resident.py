@@ -213,7 +213,7 @@ def test_epochs_and_batches_that_there_are_not(epoch, skip):
         resident().epoch(epoch, skip=skip)
 
 
-def test_more_data_than_memory_says_how_much(monkeypatch):
+def test_more_data_than_memory_is_refused_with_both_sizes(monkeypatch):
     monkeypatch.setattr(memory, "free_bytes", lambda device: 100)
     with pytest.raises(ValueError, match=r"5 images .* needs .* GiB.*engine that reads from disk"):
         resident(list(RGB))

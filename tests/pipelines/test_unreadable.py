@@ -111,7 +111,7 @@ def test_pillow_reads(name: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
-def test_pillow_says_why_not(name: str, folder: Path) -> None:
+def test_pillow_gives_the_reason(name: str, folder: Path) -> None:
     with pytest.raises(UnreadableError, match=REFUSED[name]):
         decode(np.fromfile(folder / name, np.uint8))
 
