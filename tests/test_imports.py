@@ -181,6 +181,17 @@ def test_nothing_happens_at_import() -> None:
     assert run_python(code).split() == ["False"]
 
 
+def test_the_command_line_starts_without_torch() -> None:
+    """Help and the list of recipes need neither torch nor matplotlib nor numba."""
+    code = """
+import sys
+from fastssl.cli import run
+assert run(["--help"]) == 0 and run(["recipes"]) == 0
+print("heavy:", [name for name in ("torch", "matplotlib", "numba", "tyro") if name in sys.modules])
+"""
+    assert run_python(code).rstrip().endswith("heavy: []")
+
+
 def test_no_clock_that_can_jump_is_read() -> None:
     """Times are differences of monotonic clocks; the wall clock may be set while a run goes on."""
     for package in ("fastssl", "kernels/fastssl_kernels", "pipelines/fastssl_pipelines"):

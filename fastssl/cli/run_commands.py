@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from fastssl.cli.parsing import Parser, UsageError, parse_config, recipe_first
-from fastssl.runtime import run_dir
 
 
 def train(arguments: list[str]) -> None:
@@ -18,6 +17,7 @@ def train(arguments: list[str]) -> None:
     dry = "--dry-run" in flags
     config = parse_config(recipe, [flag for flag in flags if flag != "--dry-run"])
     from fastssl.pretrain import pretrain  # imports torch: only for a valid command line
+    from fastssl.runtime import run_dir
 
     console = Console()
 
