@@ -80,18 +80,19 @@ def _known_flags(config: Config, flags: list[str]) -> list[str]:
     unknown flag, and for --fused-head and --oracle where the method has none."""
     from fastssl.objectives import METHODS
 
-    known = _names(Config) | _names(type(config.objective)) | {"--help", "-h"}
-    foreign = set().union(*(_names(method.Knobs) for method in METHODS.values())) - known
+    known = {*_switches(Config), *_switches(type(config.objective)), "--help", "-h"}
+    of_methods = {name: _switches(method.Knobs) for name, method in METHODS.items()}
+    foreign = {k: v for theirs in of_methods.values() for k, v in theirs.items() if k not in known}
     known_flags: list[str] = []
     words = iter(flags)
     for word in words:
         name = word.split("=", 1)[0].replace("_", "-")
         if name in ("--fused-head", "--oracle") and name in foreign:
-            methods = ", ".join(m for m in METHODS if name in _names(METHODS[m].Knobs))
+            methods = ", ".join(m for m, theirs in of_methods.items() if name in theirs)
             raise UsageError(f"{name} is for {methods}: --method {config.method} has none")
         if name in foreign:
             print(f"warning: {config.method} has no {name}; it is ignored", file=sys.stderr)
-            if not _is_switch(name) and "=" not in word:
+            if not foreign[name] and "=" not in word:
                 next(words, None)  # its value
             continue
         if word.startswith("--") and name not in known:
@@ -104,18 +105,11 @@ def _known_flags(config: Config, flags: list[str]) -> list[str]:
     return known_flags
 
 
-def _names(cls: type) -> set[str]:
-    """The flags of `Config` or of a method's knobs."""
-    names = {flag(name) for name in knob_names(cls)}
-    return names | {f"--no-{name[2:]}" for name in names}
-
-
-def _is_switch(name: str) -> bool:
-    """Whether a method's flag is boolean and so takes no value."""
-    from fastssl.objectives import METHODS
-
-    knobs = (f for method in METHODS.values() for f in fields(method.Knobs))
-    return any(name in (flag(f.name), f"--no-{flag(f.name)[2:]}") for f in knobs if f.type is bool)
+def _switches(cls: type) -> dict[str, bool]:
+    """The flags of `Config` or of a method's knobs -> whether each is boolean, without a value."""
+    knobs = {f.name: f.type is bool for f in fields(cls) if f.name in knob_names(cls)}
+    switches = {flag(name): boolean for name, boolean in knobs.items()}
+    return switches | {f"--no-{name[2:]}": boolean for name, boolean in switches.items()}
 
 
 def _first_paragraph(error: str) -> str:
