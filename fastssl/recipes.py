@@ -145,17 +145,26 @@ def _projector(width: int, layers: int, **others: Any) -> dict[str, Any]:
     return {"projector_width": width, "projector_layers": layers, **others}
 
 
-def _digits(method: str, knobs: dict[str, Any], **measured: Any) -> Recipe:
-    """One of the digits recipes, measured on 2 CPU cores; linear_10 is of 10 labels per class."""
-    card = Card(
-        hardware="2 CPU cores",
-        train_s=measured.pop("train_s"),
-        accuracy=measured,
+def _card(
+    hardware: str, experiment: str, results: str, train_s: int, **accuracy: tuple[float, float]
+) -> Card:
+    """Of three seeds of an experiment of `bench/suites/accuracy.py`."""
+    return Card(
+        hardware=hardware,
+        train_s=train_s,
+        accuracy=accuracy,
         n=3,
         date="2026-11-22",
-        command="python -m bench --only accuracy --match digits",
-        results="cpu-2-cores/accuracy.jsonl",
+        command=f"python -m bench --only accuracy --match {experiment}",
+        results=f"cpu-2-cores/{results}",
     )
+
+
+def _digits(
+    method: str, knobs: dict[str, Any], train_s: int, **accuracy: tuple[float, float]
+) -> Recipe:
+    """One of the digits recipes, measured on 2 CPU cores; linear_10 is of 10 labels per class."""
+    card = _card("2 CPU cores", "digits", "accuracy.jsonl", train_s, **accuracy)
     return Recipe(replace(_DIGITS, method=method), _SMALL_PROJECTOR | knobs, card)
 
 
@@ -167,15 +176,8 @@ def _small(
     **knobs: Any,
 ) -> Recipe:
     """One of the cifar-small recipes, measured on one core with all labels."""
-    card = Card(
-        hardware="a CPU core",
-        train_s=train_s,
-        accuracy={"knn_all": knn, "linear_all": linear},
-        n=3,
-        date="2026-11-22",
-        command="python -m bench --only accuracy --match methods",
-        results="cpu-2-cores/accuracy-methods.jsonl",
-    )
+    results = "accuracy-methods.jsonl"
+    card = _card("a CPU core", "methods", results, train_s, knn_all=knn, linear_all=linear)
     return Recipe(settings, _SMALL_PROJECTOR | knobs, card)
 
 

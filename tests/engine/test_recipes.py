@@ -56,7 +56,7 @@ def test_cards_print_figures_or_not_measured_yet() -> None:
 
 
 def constants(path: Path) -> set[str]:
-    """The strings in a source file, docstrings left out."""
+    """The strings in a source file."""
     tree = ast.parse(path.read_text())
     found = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant)}
     return {value for value in found if isinstance(value, str)}
