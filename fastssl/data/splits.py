@@ -7,6 +7,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -62,6 +63,11 @@ class Split(ABC):
     def labels(self) -> Tensor | None:
         """The label of every image (M,) int64, None where the data has none. For evaluation and
         oracles only."""
+        return self._labels
+
+    @cached_property
+    def _labels(self) -> Tensor | None:
+        """Read once for oracle, probe and evaluation: a folder's labels are a scan of its files."""
         config = self._config
         found = load_labels(config.data, self._part, config.holdout, skipped=self._excluded)
         return None if found is None else torch.from_numpy(found[: len(self)])
