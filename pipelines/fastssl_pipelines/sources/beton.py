@@ -99,6 +99,8 @@ class Beton(Encoded):
             return str(error)
         data = self.stored(row)
         if self.raw[row]:
+            if len(data) != 3 * height * width:
+                return f"it holds {len(data)} bytes for {width} x {height} pixels"
             out[: len(data)] = data
             return ""
         full = (height, width, 0, 0, 1, shrink, False, False)

@@ -78,6 +78,12 @@ class Encoded:
         return [len(self), *stats]
 
 
+def is_encoded(source: Any) -> bool:
+    """Whether `source` names files or holds encoded bytes, rather than pixels."""
+    first = source[0] if isinstance(source, list | tuple) and source else source
+    return isinstance(first, str | os.PathLike | bytes | Encoded)
+
+
 def open_encoded(source: Any) -> Encoded:
     """The index of `source`: a folder of images or of tar shards, a .tar, a list of either, or a
     list of bytes.
@@ -197,7 +203,7 @@ def decode(
             if shrink > 1:  # Pillow takes the largest divisor that still gives this size: shrink
                 image.draft(None, (image.width // shrink, image.height // shrink))
             upright = ImageOps.exif_transpose(image) if oriented else image
-            pixels = _rgb(upright)
+            pixels = to_rgb(upright)
     except Image.UnidentifiedImageError:
         start = data[:8].tobytes()
         raise UnreadableError(f"not an image: it starts with {start!r}") from None
@@ -236,7 +242,9 @@ def require_side(height: int, width: int, smallest: int) -> None:
         )
 
 
-def _rgb(image: Any) -> Bytes:
+def to_rgb(image: Any) -> Bytes:
+    """A PIL image of any mode -> (H, W, 3) uint8: gray is repeated, alpha dropped, CMYK and
+    palettes converted, 16 bits shifted to 8."""
     if image.mode.startswith("I"):  # 16-bit gray, which Pillow would clip at 255
         gray = np.asarray(image).astype(np.int64) >> 8
         return np.repeat(gray.clip(0, 255).astype(np.uint8)[..., None], 3, axis=-1)
