@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fastssl_pipelines.augment import sample_params
+from fastssl_pipelines.augment import pixel_ops, sample_params
 from fastssl_pipelines.augment.checks import applied_steps, require_drawable, require_fit
 from fastssl_pipelines.augment.color_matrix import color_maps
 from fastssl_pipelines.augment.cuda.kernels import (
@@ -97,15 +97,18 @@ def render(
     whole = max(height, width) <= WHOLE
     tiling = _whole_tiling(max(height, width)) if whole else _TILING
     lut = _equalized(images.flat, layout, table) if equalizes else images.flat
-    planes = colors  # unused where nothing is rotated
+    planes = turns = colors  # unused where nothing is rotated
     grid = (count * groups,)
     if rotates:
+        angle = table[..., sample_params.ANGLE] * pixel_ops.DEGREE
+        # here, since the kernels' cosine of any argument would need a stack
+        turns = torch.stack([angle.cos(), angle.sin()], dim=-1)
         planes = torch.empty(groups, count, 3, height, width, device=table.device)
         _resample_kernel[grid](
             images.flat, layout, table, lut, planes, count, groups, **static_config, **crop,
             **tiling,
         )  # fmt: skip
-    source = (images.flat, layout, table, colors, numbers, lut, planes, out)
+    source = (images.flat, layout, table, colors, numbers, lut, planes, turns, out)
     if whole:
         _whole_kernel[grid](*source, count, groups, **static_config, **crop, **variant, **tiling)
     else:

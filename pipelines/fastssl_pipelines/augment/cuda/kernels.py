@@ -118,8 +118,8 @@ clamp, luma, turn = _f.clamp, _f.luma, _f.turn
 triangle, cubic = _f.triangle, _f.cubic
 REACH = _constant(BLUR_REACH)
 TOP, LEFT, CROP_HEIGHT, CROP_WIDTH = _f.TOP, _f.LEFT, _f.HEIGHT, _f.WIDTH
-FLIP, VERTICAL_FLIP, ANGLE, EQUALIZE = _f.FLIP, _f.VERTICAL_FLIP, _f.ANGLE, _f.EQUALIZE
-DEGREE, BYTE_LEVELS = _f.DEGREE, _constant(LEVELS)
+FLIP, VERTICAL_FLIP, EQUALIZE = _f.FLIP, _f.VERTICAL_FLIP, _f.EQUALIZE
+BYTE_LEVELS = _constant(LEVELS)
 STEP0, SIGMA, MEAN, STD = _f.STEP0, _f.SIGMA, _f.MEAN, _f.STD
 ERASE_TOP, ERASE_LEFT = _f.ERASE_TOP, _f.ERASE_LEFT
 ERASE_HEIGHT, ERASE_WIDTH = _f.ERASE_HEIGHT, _f.ERASE_WIDTH
@@ -236,14 +236,14 @@ def _corner(plane_ptr, y, x, share, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def _rotated(
-    plane_ptr, row, y0, x0, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, B: tl.constexpr
+    plane_ptr, turn_ptr, y0, x0, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, B: tl.constexpr
 ):  # fmt: skip
     """Tile (y0, x0) of one channel (HEIGHT, WIDTH), rotated around its centre. -> (B, B)"""
-    angle = _get(row, ANGLE) * DEGREE
+    cos, sin = tl.load(turn_ptr), tl.load(turn_ptr + 1)
     middle_y, middle_x = (HEIGHT - 1) * 0.5, (WIDTH - 1) * 0.5
     to_y = (tl.minimum(y0 + tl.arange(0, B), HEIGHT - 1) - middle_y)[:, None]
     to_x = (tl.minimum(x0 + tl.arange(0, B), WIDTH - 1) - middle_x)[None, :]
-    from_y, from_x = turn(to_y, to_x, tl.cos(angle), tl.sin(angle))
+    from_y, from_x = turn(to_y, to_x, cos, sin)
     from_y, from_x = from_y + middle_y, from_x + middle_x
     top, left = tl.floor(from_y), tl.floor(from_x)
     down, right = from_y - top, from_x - left
@@ -256,16 +256,16 @@ def _rotated(
 
 @triton.jit
 def _pixels(
-    image_ptr, lut_ptr, planes_ptr, stride, row, y0, x0, HEIGHT: tl.constexpr,
+    image_ptr, lut_ptr, planes_ptr, turn_ptr, stride, row, y0, x0, HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr, CUBIC: tl.constexpr, EQUALIZED: tl.constexpr, ROTATED: tl.constexpr,
     B: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """Tile (y0, x0) of the view before its colour steps: r, g, b (B, B), fp32 in [0, 1]."""
     if ROTATED:
         area: tl.constexpr = HEIGHT * WIDTH
-        r = _rotated(planes_ptr, row, y0, x0, HEIGHT, WIDTH, B)
-        g = _rotated(planes_ptr + area, row, y0, x0, HEIGHT, WIDTH, B)
-        b = _rotated(planes_ptr + 2 * area, row, y0, x0, HEIGHT, WIDTH, B)
+        r = _rotated(planes_ptr, turn_ptr, y0, x0, HEIGHT, WIDTH, B)
+        g = _rotated(planes_ptr + area, turn_ptr, y0, x0, HEIGHT, WIDTH, B)
+        b = _rotated(planes_ptr + 2 * area, turn_ptr, y0, x0, HEIGHT, WIDTH, B)
     else:
         r, g, b = _resample(
             image_ptr, lut_ptr, stride, row, y0, x0, HEIGHT, WIDTH, CUBIC, EQUALIZED, B, W
@@ -407,10 +407,10 @@ def _store_pixels(
 
 @triton.jit
 def _whole_kernel(
-    flat_ptr, layout_ptr, table_ptr, color_ptr, numbers_ptr, lut_ptr, planes_ptr, out_ptr, N, G,
-    COLUMNS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CUBIC: tl.constexpr,
-    LAST: tl.constexpr, AFFINE: tl.constexpr, EQUALIZED: tl.constexpr, ROTATED: tl.constexpr,
-    B: tl.constexpr, W: tl.constexpr,
+    flat_ptr, layout_ptr, table_ptr, color_ptr, numbers_ptr, lut_ptr, planes_ptr, turn_ptr,
+    out_ptr, N, G, COLUMNS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+    CUBIC: tl.constexpr, LAST: tl.constexpr, AFFINE: tl.constexpr, EQUALIZED: tl.constexpr,
+    ROTATED: tl.constexpr, B: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     n, view = tl.program_id(0) // G, tl.program_id(0) % G  # views of one image side by side: L2
     slot = view.to(tl.int64) * N + n
@@ -420,8 +420,8 @@ def _whole_kernel(
     stride = 3 * tl.load(layout_ptr + 3 * n + 2).to(tl.int32)
     y = tl.arange(0, B)
     r, g, b = _pixels(
-        image_ptr, lut_ptr + slot * (3 * BYTE_LEVELS), planes_ptr + slot * (3 * area), stride, row,
-        0, 0, HEIGHT, WIDTH, CUBIC, EQUALIZED, ROTATED, B, W,
+        image_ptr, lut_ptr + slot * (3 * BYTE_LEVELS), planes_ptr + slot * (3 * area),
+        turn_ptr + slot * 2, stride, row, 0, 0, HEIGHT, WIDTH, CUBIC, EQUALIZED, ROTATED, B, W,
     )  # fmt: skip
     mean = 0.0
     if not AFFINE:
@@ -446,8 +446,8 @@ def _whole_kernel(
 
 @triton.jit
 def _tiled_kernel(
-    flat_ptr, layout_ptr, table_ptr, color_ptr, numbers_ptr, lut_ptr, planes_ptr, out_ptr,
-    bytes_ptr, N, G, COLUMNS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+    flat_ptr, layout_ptr, table_ptr, color_ptr, numbers_ptr, lut_ptr, planes_ptr, turn_ptr,
+    out_ptr, bytes_ptr, N, G, COLUMNS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
     CUBIC: tl.constexpr, LAST: tl.constexpr, AFFINE: tl.constexpr, EQUALIZED: tl.constexpr,
     ROTATED: tl.constexpr, B: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
@@ -458,6 +458,7 @@ def _tiled_kernel(
     out_ptr += slot * (3 * area)
     bytes_ptr += slot * (3 * area)
     planes_ptr += slot * (3 * area)
+    turn_ptr += slot * 2
     lut_ptr += slot * (3 * BYTE_LEVELS)
     image_ptr = flat_ptr + tl.load(layout_ptr + 3 * n)
     stride = 3 * tl.load(layout_ptr + 3 * n + 2).to(tl.int32)
@@ -467,8 +468,8 @@ def _tiled_kernel(
             for y0 in range(0, HEIGHT, B):
                 for x0 in range(0, WIDTH, B):
                     r, g, b = _pixels(
-                        image_ptr, lut_ptr, planes_ptr, stride, row, y0, x0, HEIGHT, WIDTH, CUBIC,
-                        EQUALIZED, ROTATED, B, W,
+                        image_ptr, lut_ptr, planes_ptr, turn_ptr, stride, row, y0, x0, HEIGHT,
+                        WIDTH, CUBIC, EQUALIZED, ROTATED, B, W,
                     )  # fmt: skip
                     y, x = y0 + tl.arange(0, B), x0 + tl.arange(0, B)
                     mean += _luma_sum(r, g, b, row, y, x, HEIGHT, WIDTH)
@@ -476,8 +477,8 @@ def _tiled_kernel(
     for y0 in range(0, HEIGHT, B):
         for x0 in range(0, WIDTH, B):
             r, g, b = _pixels(
-                image_ptr, lut_ptr, planes_ptr, stride, row, y0, x0, HEIGHT, WIDTH, CUBIC,
-                EQUALIZED, ROTATED, B, W,
+                image_ptr, lut_ptr, planes_ptr, turn_ptr, stride, row, y0, x0, HEIGHT, WIDTH,
+                CUBIC, EQUALIZED, ROTATED, B, W,
             )  # fmt: skip
             r, g, b = _color(r, g, b, row, mean, color_ptr + slot * 12, AFFINE)
             y, x = y0 + tl.arange(0, B), x0 + tl.arange(0, B)
