@@ -47,8 +47,8 @@ def contact_sheet(images: Any, views: Sequence[View], seed: int, policy: str) ->
     tallest = max(height / width for height, width in shapes)
     column = max(COLUMN, 9.0 / (1 + len(views)))  # so that the legend has room
     row, notes = column * tallest + 0.55, 0.17 * (1 + len(legend))  # inches, captions included
-    size = (column * (1 + len(views)), row * pool.count + 0.8 + notes)
-    figure = Figure(figsize=size, layout="constrained")
+    inches = (column * (1 + len(views)), row * pool.count + 0.8 + notes)
+    figure = Figure(figsize=inches, layout="constrained")
     figure.suptitle(f"{policy}: {len(views)} views of each image, seed {seed}", fontsize=11)
     figure.supxlabel("\n".join(legend), x=0.01, ha="left", fontsize=7.5, linespacing=1.35)
     axes = figure.subplots(pool.count, 1 + len(views), squeeze=False)
