@@ -103,7 +103,9 @@ def _source(
     beton, skipped = beton_of(split.files, config.on_corrupt, config.corrupt_quota, log)
     if skipped:
         readable = [i for i, name in enumerate(split.files.names) if name not in skipped]
-        split = FileSplit(config, "train", split.files.select(readable), skipped)
+        source_numbers = split.source_numbers[readable]
+        files = split.files.select(readable)
+        split = FileSplit(config, "train", files, skipped, source_numbers)
     return beton, split
 
 
