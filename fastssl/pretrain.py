@@ -70,12 +70,7 @@ def _train(
     resumed = ranks.is_main and run_dir.is_resumed(folder, config)
     device = choose_device(config.device)
     per_rank = replace(config, batch_size=rank_batch(config, ranks.world))
-    # Rank 0 opens the data first: an engine may convert it to a file that all ranks then read.
-    if not ranks.is_main:
-        ranks.barrier()
     data = open_data(per_rank, device, log, ranks)
-    if ranks.is_main:
-        ranks.barrier()
     backbone = seeded_backbone(config, device)
     if config.init:
         log(load_backbone(Path(config.init), backbone, partial=config.init_partial))
