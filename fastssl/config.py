@@ -142,6 +142,8 @@ class Config:
     """Epochs between two online kNN probes of the backbone, whose time is not counted; 0: none."""
     checkpoint_s: float = 60.0
     """Seconds between two checkpoints; more where saving would take over 2 % of the time."""
+    eval: bool = True
+    """Evaluate the features after training; with --no-eval `fastssl eval RUN` can do it later."""
     on_collapse: Literal["warn", "stop", "ignore"] = "warn"
     """On features that collapse to a point or a few directions: warn with likely causes, stop the
     run, or ignore it."""
