@@ -327,7 +327,7 @@ def evaluate_run(
         path = folder / "summary.json"
         if ranks.is_main and path.is_file():
             summary = json.loads(path.read_text())
-            if summary["rankme"] is None:
+            if summary.get("rankme", 0.0) is None:  # of a run with --no-eval
                 spent_s = time.perf_counter() - begin
                 results = evaluation_summary(found, spent_s)
                 write_text(path, json.dumps(summary | results, indent=2))
