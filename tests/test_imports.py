@@ -33,13 +33,13 @@ ALLOWED = {
             "timm",
             "torchvision",
         ),
-        *("safetensors", "sklearn", "tyro", "rich", "matplotlib", "PIL"),
+        *("safetensors", "sklearn", "rich", "matplotlib", "PIL"),
     },
 }
 # The layers of fastssl: a file or folder imports from those earlier in this list alone.
 LAYERS = (
     {"config"},
-    {"backbones", "device", "distributed", "optim", "schedule"},
+    {"backbones", "device", "distributed", "knobs", "optim", "schedule"},
     {"objectives"},
     {"data", "recipes", "runtime", "step"},
     {"evaluation"},
