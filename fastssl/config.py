@@ -1,9 +1,11 @@
 """Config: every setting of a run that does not depend on its method, with unit and source.
 
-A method's knobs are defined beside its class in `objectives/` and stored in `Config.objective`; the
-command line derives its flags from both. Both are frozen, so `config.json` is what the run used.
+A method's knobs are defined in `knobs.py` and stored in `Config.objective`. The command line
+derives its flags from both; the comments below are the headings of its help. Both are frozen, so
+`config.json` is what the run used.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -201,6 +203,16 @@ def require(knobs: Any, name: str, valid: bool, must: str) -> None:
     """ValueError "--name is VALUE: it must ..." unless `valid`."""
     if not valid:
         raise ValueError(f"{flag(name)} is {getattr(knobs, name)}: it must {must}")
+
+
+def suggestion(name: str, names: Iterable[str], otherwise: str = "") -> str:
+    """ "did you mean NAME?" of the closest of `names`; where none is close, `otherwise` or all."""
+    from difflib import get_close_matches
+
+    names = list(names)
+    if close := get_close_matches(name, names, n=1):
+        return f"did you mean {close[0]}?"
+    return otherwise or f"there are {', '.join(names)}"
 
 
 def knob_names(cls: type) -> set[str]:

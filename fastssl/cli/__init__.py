@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from fastssl.cli import catalog_commands, dataset_commands, run_commands
+from fastssl.cli.console import accept_any_encoding
 from fastssl.cli.parsing import UsageError
+from fastssl.config import suggestion
 from fastssl.runtime.signals import Interrupted, stop_signals
 
 USAGE = """usage: fastssl COMMAND ...
@@ -29,6 +31,8 @@ USAGE = """usage: fastssl COMMAND ...
                                    images to .npy, .beton or tar shards; resumes
   fastssl doctor --data PATH [--workers N]
                                    decode every image and report problems
+  fastssl COMMAND --help           the arguments of a command
+  fastssl --version                the version
 """
 COMMANDS = {
     "train": run_commands.train,
@@ -49,6 +53,7 @@ RESUMED = {  # printed after an interruption; the other commands start again
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the `fastssl` command."""
+    accept_any_encoding()
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 
@@ -59,9 +64,12 @@ def run(arguments: list[str]) -> int:
         print(USAGE, end="")
         return 0 if arguments else 2
     name = arguments[0]
+    if name == "--version":
+        print(f"fastssl {_version()}")
+        return 0
     try:
         if name not in COMMANDS:
-            raise UsageError(f"unknown command {name!r}; there are {', '.join(COMMANDS)}")
+            raise UsageError(f"unknown command {name!r}; {suggestion(name, COMMANDS)}")
         with stop_signals(), _warnings_in_one_line():
             COMMANDS[name](arguments[1:])
     except Interrupted as stop:
@@ -71,6 +79,15 @@ def run(arguments: list[str]) -> int:
         print(f"fastssl: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("fastssl-torch")
+    except PackageNotFoundError:
+        return "(not installed: run from its sources)"
 
 
 @contextmanager
