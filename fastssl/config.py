@@ -67,7 +67,9 @@ class Config:
 
     # optimisation
     batch_size: int = 256
-    """Images in a batch, of each rank; the last incomplete batch of an epoch is dropped."""
+    """Images in a batch, of each rank; the last incomplete batch of an epoch is dropped. On the
+    command line 'auto': the largest power of two whose step fits in memory, at most 4,096 and a
+    tenth of the images; the learning rate stays as it is."""
     global_batch: int = 0
     """Images in a batch over all ranks of a torchrun launch, in place of `batch_size`; 0: unset."""
     accumulate: int = 1
@@ -113,13 +115,14 @@ class Config:
     """Seed of the initial weights, the order of images and the views."""
     device: str = "auto"
     """'auto' takes the GPU where there is one; else any torch device."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16 runs the network under autocast; losses accumulate in float32 either way."""
+    precision: Literal["auto", "float32", "bfloat16"] = "float32"
+    """bfloat16 runs the network under autocast; losses accumulate in float32 either way. 'auto' is
+    bfloat16 on a GPU that has it, else float32; config.json holds which."""
     channels_last: bool = True
     """Memory layout of images and convolutions; faster on GPUs and on CPUs."""
-    compile: bool = False
+    compile: bool | None = False
     """torch.compile the network and the objective; a failure is logged and the run continues
-    without."""
+    without. None ('auto' in a recipe) compiles on a GPU, unless `accumulate` is set."""
     cuda_graphs: bool = False
     """Compile with CUDA graphs (torch.compile's "reduce-overhead"), where shapes are fixed; needs
     `compile`."""
@@ -180,7 +183,7 @@ class Config:
             raise ValueError(f"--start-views is {self.start_views}: it must not exceed --views")
         if self.compile and self.accumulate > 1:
             raise ValueError("--accumulate cannot be compiled; add --no-compile")
-        if self.cuda_graphs and not self.compile:
+        if self.cuda_graphs and self.compile is False:
             raise ValueError("--cuda-graphs needs --compile")
         for name in ("stall_s", "lr", "lars_eta", "bias_lr"):
             require(self, name, getattr(self, name) > 0, "be positive")

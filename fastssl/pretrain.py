@@ -15,7 +15,7 @@ import torch
 from fastssl.backbones import feature_width, load_backbone, save_backbone, seeded_backbone
 from fastssl.config import Config
 from fastssl.data.loading import Data, build_views, open_data
-from fastssl.device import choose_device
+from fastssl.device import choose_device, resolved
 from fastssl.distributed import Ranks, global_batch_norm, init_distributed, rank_batch
 from fastssl.evaluation.online_knn import OnlineKNN
 from fastssl.evaluation.protocols import RunFeatures, run_features, score
@@ -34,7 +34,7 @@ def pretrain(config: Config, folder: Path, log: Callable[[str], None]) -> dict[s
     saves, logs and evaluates, the others return {}. Raises ValueError, with nothing written, where
     the folder is taken or the config does not fit the data.
     """
-    config = complete(config)
+    config = resolved(complete(config))
     with ExitStack() as until_evaluated:
         with init_distributed(config.device) as ranks:
             log = log if ranks.is_main else _discard

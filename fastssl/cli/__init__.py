@@ -18,7 +18,9 @@ USAGE = """usage: fastssl COMMAND ...
   fastssl train RECIPE [--data PATH] [--run DIR] [--knob value ...]
                                    pretrain, evaluate, print the table
   fastssl train RECIPE --help      every knob, with the recipe's value
-  fastssl train RECIPE --dry-run   parameters, memory, steps and time; writes nothing
+  fastssl train RECIPE --dry-run [--measure]
+                                   parameters, memory, steps, the batch size that fits, and with
+                                   --measure their time; writes nothing
   fastssl eval RUN [--protocol neutral|multiview|patches] [--probe lbfgs|ridge|sgd ...]
                                    repeat a run's evaluation, or follow a paper's protocol
   fastssl rank RUN                 label-free quality: RankMe, LiDAR, alpha-ReQ

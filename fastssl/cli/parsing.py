@@ -73,6 +73,17 @@ def value_of(name: str, flags: list[str]) -> str | None:
     return found
 
 
+def without(name: str, flags: list[str]) -> list[str]:
+    """`flags` without the flag `name` and its value."""
+    found, words = [], iter(flags)
+    for word in words:
+        if word == name:
+            next(words, None)
+        elif not word.startswith(f"{name}="):
+            found.append(word)
+    return found
+
+
 def _known_flags(config: Config, flags: list[str]) -> list[str]:
     """`flags`, with dashes for underscores, without those of other methods, which are ignored with
     a warning. UsageError for an unknown flag, and for --fused-head and --oracle where the method

@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,11 @@ from fastssl.cli.parsing import (
     help_parser,
     parse_config,
     recipe_first,
+    value_of,
     wants_help,
+    without,
 )
+from fastssl.config import Config
 from fastssl.evaluation.defaults import (
     CAVEAT,
     LIDAR_IMAGES,
@@ -26,7 +29,8 @@ from fastssl.evaluation.defaults import (
 
 TRAIN_HELP = (
     "Pretrain a vision backbone without labels, then evaluate its features. With --dry-run: print "
-    "parameters, memory and steps, and write nothing."
+    "parameters, memory, steps and the batch size that fits, and write nothing; with --measure as "
+    "well: their time, by a few real steps."
 )
 
 
@@ -35,16 +39,16 @@ def train(arguments: list[str]) -> None:
     if wants_help(arguments):
         help_parser("train", arguments, TRAIN_HELP).parse_args(["--help"])
     recipe, flags = recipe_first("train", arguments)
-    dry = "--dry-run" in flags
-    config = parse_config(recipe, [flag for flag in flags if flag != "--dry-run"])
+    options = {flag for flag in flags if flag in ("--dry-run", "--measure")}
+    if options == {"--measure"}:
+        raise UsageError("--measure needs --dry-run")
+    config = _train_config(recipe, [flag for flag in flags if flag not in options])
+    if options:
+        _print_dry_run(config, measure="--measure" in options)
+        return
     from fastssl.pretrain import pretrain  # imports torch: only for a valid command line
     from fastssl.runtime import run_dir
 
-    if dry:
-        from fastssl.dry_run import dry_run
-
-        echo("\n".join(dry_run(config, echo).lines()))
-        return
     folder = Path(config.run) if config.run else run_dir.next_free(Path("runs"), recipe, config)
     summary = pretrain(config, folder, echo)
     if not summary:  # not rank 0
@@ -54,6 +58,45 @@ def train(arguments: list[str]) -> None:
         f"trained in {summary['train_s']:.1f} s ({summary['views_per_s']:,.0f} views/s), "
         f"evaluated in {summary['evaluate_s']:.1f} s; results in {folder}"
     )
+
+
+def _train_config(recipe: str, flags: list[str]) -> Config:
+    """The Config of a run, its batch size, precision and compilation resolved for this machine.
+
+    A run that is resumed keeps the batch size that --batch-size auto found for it.
+    """
+    automatic = value_of("--batch-size", flags) == "auto"
+    if automatic:
+        flags = without("--batch-size", flags)
+    config = parse_config(recipe, flags)
+    from fastssl.device import resolved
+
+    config = resolved(config)
+    if not automatic:
+        return config
+    from fastssl.distributed import is_launched
+    from fastssl.dry_run import auto_batch_size
+    from fastssl.runtime.run_dir import read_config
+
+    if is_launched():
+        raise UsageError("--batch-size auto is for one process; pass --global-batch")
+    if (Path(config.run) / "config.json").is_file():
+        return replace(config, batch_size=read_config(Path(config.run)).batch_size)
+    size = auto_batch_size(config)
+    echo(f"--batch-size auto: {size}; --lr {config.lr:g} is not scaled with it")
+    return replace(config, batch_size=size)
+
+
+def _print_dry_run(config: Config, *, measure: bool) -> None:
+    from fastssl.dry_run import dry_run, measure_step_s
+
+    found = dry_run(config)
+    lines = found.lines()
+    if measure:
+        step_s = measure_step_s(config, echo)
+        lines[-1] = f"{found.steps:,} steps of {1e3 * step_s:,.1f} ms: "
+        lines[-1] += f"about {found.steps * step_s:,.0f} s"
+    echo("\n".join(lines))
 
 
 def evaluate(arguments: list[str]) -> None:

@@ -49,7 +49,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     flags = set(re.findall(r"--[a-z][a-z-]*", out)) - {"--help"}
     knobs = knob_names(Config) | knob_names(METHODS["diet"].Knobs)
     named = {name for name in flags if not name.startswith("--no-")}
-    assert named - {"--dry-run", "--knob"} == set(map(flag, knobs))
+    assert named - {"--dry-run", "--measure", "--knob"} == set(map(flag, knobs))
     assert out.count("(default:") == len(knobs) and "(default: digits)" in out
 
 
