@@ -17,14 +17,17 @@ from fastssl.config import Config
 from fastssl.data.loading import Data, build_views, open_data
 from fastssl.device import choose_device, resolved
 from fastssl.distributed import Ranks, global_batch_norm, init_distributed, rank_batch
-from fastssl.evaluation.online_knn import OnlineKNN
+from fastssl.evaluation.online_knn import OnlineKNN, read_probes
 from fastssl.evaluation.protocols import RunFeatures, run_features, score
 from fastssl.objectives import build_objective, complete
 from fastssl.objectives.oracles import build_oracle, uses_oracle
 from fastssl.runtime import run_dir
 from fastssl.runtime.metrics_log import plot_curves, read_metrics
+from fastssl.runtime.run_log import RunLog
 from fastssl.schedule import ramp
 from fastssl.train import Trained, train
+
+PROBES = "probes.jsonl"  # of a run folder
 
 
 def pretrain(config: Config, folder: Path, log: Callable[[str], None]) -> dict[str, Any]:
@@ -37,10 +40,11 @@ def pretrain(config: Config, folder: Path, log: Callable[[str], None]) -> dict[s
     config = resolved(complete(config))
     with ExitStack() as until_evaluated:
         with init_distributed(config.device) as ranks:
-            log = log if ranks.is_main else _discard
+            log = until_evaluated.enter_context(RunLog(log if ranks.is_main else _discard))
             run = _train(config, folder, log, ranks, until_evaluated)
             begin = time.perf_counter()
-            features = run_features(config, folder, run.data.train, run.data.test, ranks)
+            with log.doing("extracting features for the evaluation"):
+                features = run_features(config, folder, run.data.train, run.data.test, ranks)
             # Each rank has met the unreadable images of its own batches.
             skipped = dict(ChainMap(*ranks.gather_to_main(dict(run.data.skipped))))
             skipped_test = dict(ChainMap(*ranks.gather_to_main(dict(run.data.test.skipped))))
@@ -48,7 +52,8 @@ def pretrain(config: Config, folder: Path, log: Callable[[str], None]) -> dict[s
         # waited in a collective would time out.
         if not ranks.is_main:
             return {}
-        return _summary(config, folder, log, run, features, (skipped, skipped_test), begin)
+        with log.doing("evaluating"):
+            return _summary(config, folder, log, run, features, (skipped, skipped_test), begin)
 
 
 @dataclass(frozen=True)
@@ -62,9 +67,7 @@ class _Run:
     world: int
 
 
-def _train(
-    config: Config, folder: Path, log: Callable[[str], None], ranks: Ranks, locks: ExitStack
-) -> _Run:
+def _train(config: Config, folder: Path, log: RunLog, ranks: Ranks, locks: ExitStack) -> _Run:
     """Pretrain, save the backbone and plot the curves. `locks` takes the lock on the folder."""
     begin = time.perf_counter()
     resumed = ranks.is_main and run_dir.is_resumed(folder, config)
@@ -73,7 +76,8 @@ def _train(
     # Rank 0 opens the data first: an engine may convert it to a file that all ranks then read.
     if not ranks.is_main:
         ranks.barrier()
-    data = open_data(per_rank, device, log, ranks)
+    with log.doing("loading the data"):
+        data = open_data(per_rank, device, log, ranks)
     if ranks.is_main:
         ranks.barrier()
     backbone = seeded_backbone(config, device)
@@ -93,10 +97,11 @@ def _train(
         objective = global_batch_norm(objective, ranks)
     probe = None
     if config.probe_epochs:
-        probe = OnlineKNN(folder / "probes.jsonl", config, data.train, data.test, ranks)
+        probe = OnlineKNN(folder / PROBES, config, data.train, data.test, ranks)
     if ranks.is_main:  # nothing is written before everything above has been checked
         run_dir.create(folder, config)
         locks.enter_context(run_dir.locked(folder))
+        log.write_to(folder / "log.txt")
     log(f"{'resuming' if resumed else 'run'} {folder}")
     images_per_batch = per_rank.batch_size * ranks.world
     batches = f"{len(data.pipeline)} batches of {images_per_batch} x {config.views}"
@@ -120,7 +125,8 @@ def _train(
         run_dir.write_text(folder / "oracle.json", json.dumps(oracle.log()))
     if ranks.is_main:
         save_backbone(folder / "backbone.safetensors", backbone)
-        plot_curves(read_metrics(folder / "metrics.jsonl"), folder.name, folder / "curves.png")
+        metrics, probes = read_metrics(folder / "metrics.jsonl"), read_probes(folder / PROBES)
+        plot_curves(metrics, folder.name, folder / "curves.png", probes)
     ranks.barrier()  # all ranks read the backbone for the evaluation
     return _Run(data, trained, load_s, device, ranks.world)
 
@@ -147,6 +153,7 @@ def _summary(
     summary = {
         "accuracy": {row: {k: asdict(cell) for k, cell in table[row].items()} for row in table},
         "rankme": rank,
+        "probes": read_probes(folder / PROBES),
         "load_s": round(run.load_s, 2),
         "train_s": round(run.trained.train_s, 2),
         "evaluate_s": round(time.perf_counter() - begin, 2),

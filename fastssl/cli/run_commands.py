@@ -54,6 +54,13 @@ def train(arguments: list[str]) -> None:
     if not summary:  # not rank 0
         return
     _print_accuracy(summary["accuracy"], summary["rankme"])
+    if summary["probes"]:
+        best = max(summary["probes"], key=lambda probe: probe["knn"])
+        last = summary["probes"][-1]
+        echo(
+            f"online kNN {last['knn']:.3f} at step {last['step']}; "
+            f"best {best['knn']:.3f} at step {best['step']}"
+        )
     echo(
         f"trained in {summary['train_s']:.1f} s ({summary['views_per_s']:,.0f} views/s), "
         f"evaluated in {summary['evaluate_s']:.1f} s; results in {folder}"

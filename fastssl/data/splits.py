@@ -5,7 +5,7 @@ Shapes: M images of the part, N of a batch, S pixels per side. Images are uint8 
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 
@@ -148,19 +148,31 @@ class FileSplit(Split):
         return torch.tensor(numbers, dtype=torch.int64), pixels[: len(numbers)]
 
 
-def open_split(config: Config, part: Part, *, hold: bool = False) -> Split:
+def open_split(
+    config: Config,
+    part: Part,
+    *,
+    hold: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Split:
     """One part of the run's data: an array in memory, or files that are decoded on demand, or with
-    `hold` now and held in memory."""
+    `hold` now and held in memory, reporting (done, total) to `progress`."""
     count = config.train_images or None if part == "train" else None
     if not is_encoded(config.data):
         return ArraySplit(config, part, load_array(config.data, part, config.holdout)[:count])
     files = open_files(config.data, part, config.holdout)
     if hold:
-        return _decode_all(config, part, FileSplit(config, part, files), count)
+        return _decode_all(config, part, FileSplit(config, part, files), count, progress)
     return FileSplit(config, part, files.select(range(len(files))[:count]))
 
 
-def _decode_all(config: Config, part: Part, split: FileSplit, count: int | None) -> ArraySplit:
+def _decode_all(
+    config: Config,
+    part: Part,
+    split: FileSplit,
+    count: int | None,
+    progress: Callable[[int, int], None],
+) -> ArraySplit:
     """The first `count` readable images of `split`, decoded."""
     size = config.load_size
     limit = min(count or len(split), len(split))
@@ -173,6 +185,7 @@ def _decode_all(config: Config, part: Part, split: FileSplit, count: int | None)
         taken = min(len(numbers), limit - filled)
         pixels[filled : filled + taken] = images[:taken]
         filled += taken
+        progress(filled, limit)
         if filled == limit:
             break
     if not filled:
