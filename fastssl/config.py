@@ -1,9 +1,11 @@
 """Config: every setting of a run that does not depend on its method, with unit and source.
 
-A method's knobs are defined beside its class in `objectives/` and stored in `Config.objective`; the
-command line derives its flags from both. Both are frozen, so `config.json` is what the run used.
+A method's knobs are defined in `knobs.py` and stored in `Config.objective`. The command line
+derives its flags from both; the comments below are the headings of its help. Both are frozen, so
+`config.json` is what the run used.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -66,7 +68,9 @@ class Config:
 
     # optimisation
     batch_size: int = 256
-    """Images in a batch, of each rank; the last incomplete batch of an epoch is dropped."""
+    """Images in a batch, of each rank; the last incomplete batch of an epoch is dropped. On the
+    command line 'auto': the largest power of two whose step fits in memory, at most 4,096 and a
+    tenth of the images; the learning rate stays as it is."""
     global_batch: int = 0
     """Images in a batch over all ranks of a torchrun launch, in place of `batch_size`; 0: unset."""
     accumulate: int = 1
@@ -112,13 +116,14 @@ class Config:
     """Seed of the initial weights, the order of images, the views and all samples of images."""
     device: str = "auto"
     """'auto' takes the GPU where there is one; else any torch device."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16 runs the network under autocast; losses accumulate in float32 either way."""
+    precision: Literal["auto", "float32", "bfloat16"] = "float32"
+    """bfloat16 runs the network under autocast; losses accumulate in float32 either way. 'auto' is
+    bfloat16 on a GPU that has it, else float32; config.json holds which."""
     channels_last: bool = True
     """Memory layout of images and convolutions; faster on GPUs and on CPUs."""
-    compile: bool = False
+    compile: bool | None = False
     """torch.compile the network and the objective; a failure is logged and the run continues
-    without."""
+    without. None ('auto' in a recipe) compiles on a GPU, unless `accumulate` is set."""
     cuda_graphs: bool = False
     """Compile with CUDA graphs (torch.compile's "reduce-overhead"), where shapes are fixed; needs
     `compile`."""
@@ -181,7 +186,7 @@ class Config:
             raise ValueError(f"--start-views is {self.start_views}: it must not exceed --views")
         if self.compile and self.accumulate > 1:
             raise ValueError("--accumulate cannot be compiled; add --no-compile")
-        if self.cuda_graphs and not self.compile:
+        if self.cuda_graphs and self.compile is False:
             raise ValueError("--cuda-graphs needs --compile")
         for name in ("stall_s", "lr", "lars_eta", "bias_lr"):
             require(self, name, getattr(self, name) > 0, "be positive")
@@ -204,6 +209,16 @@ def require(knobs: Any, name: str, valid: bool, must: str) -> None:
     """ValueError "--name is VALUE: it must ..." unless `valid`."""
     if not valid:
         raise ValueError(f"{flag(name)} is {getattr(knobs, name)}: it must {must}")
+
+
+def suggestion(name: str, names: Iterable[str], otherwise: str = "") -> str:
+    """ "did you mean NAME?" of the closest of `names`; where none is close, `otherwise` or all."""
+    from difflib import get_close_matches
+
+    names = list(names)
+    if close := get_close_matches(name, names, n=1):
+        return f"did you mean {close[0]}?"
+    return otherwise or f"there are {', '.join(names)}"
 
 
 def knob_names(cls: type) -> set[str]:

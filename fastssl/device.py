@@ -1,7 +1,11 @@
-"""The device of a run."""
+"""The device of a run, and the settings that follow from it."""
+
+from dataclasses import replace
 
 import torch
 from torch import nn
+
+from fastssl.config import Config
 
 
 def choose_device(name: str) -> torch.device:
@@ -16,6 +20,18 @@ def choose_device(name: str) -> torch.device:
             f"--device {name} cannot be used here ({str(error).splitlines()[0]}); try 'cpu'"
         ) from error
     return device
+
+
+def resolved(config: Config) -> Config:
+    """`config` with `precision` "auto" and `compile` None replaced by what its device supports."""
+    on_gpu = choose_device(config.device).type == "cuda"
+    precision, compiled = config.precision, config.compile
+    if precision == "auto":
+        bfloat16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bfloat16" if bfloat16 else "float32"
+    if compiled is None:
+        compiled = on_gpu and config.accumulate == 1
+    return replace(config, precision=precision, compile=compiled)
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -15,16 +15,19 @@ import torch
 from fastssl.backbones import feature_width, load_backbone, save_backbone, seeded_backbone
 from fastssl.config import Config
 from fastssl.data.loading import Data, build_views, open_data
-from fastssl.device import choose_device
+from fastssl.device import choose_device, resolved
 from fastssl.distributed import Ranks, global_batch_norm, init_distributed, rank_batch
-from fastssl.evaluation.online_knn import OnlineKNN
+from fastssl.evaluation.online_knn import OnlineKNN, read_probes
 from fastssl.evaluation.protocols import Evaluation, evaluate, evaluation_summary
 from fastssl.objectives import build_objective, complete
 from fastssl.objectives.oracles import build_oracle, uses_oracle
 from fastssl.runtime import run_dir
 from fastssl.runtime.metrics_log import plot_curves, read_metrics
+from fastssl.runtime.run_log import RunLog
 from fastssl.schedule import ramp
 from fastssl.train import Trained, train
+
+PROBES = "probes.jsonl"  # of a run folder
 
 
 def pretrain(config: Config, folder: Path, log: Callable[[str], None]) -> dict[str, Any]:
@@ -34,14 +37,15 @@ def pretrain(config: Config, folder: Path, log: Callable[[str], None]) -> dict[s
     every rank calls it: all train and evaluate; rank 0 saves and logs, the others return {}. Raises
     ValueError, with nothing written, where the folder is taken or the config does not fit the data.
     """
-    config = complete(config)
+    config = resolved(complete(config))
     with ExitStack() as until_evaluated, init_distributed(config.device) as ranks:
-        log = log if ranks.is_main else _discard
+        log = until_evaluated.enter_context(RunLog(log if ranks.is_main else _discard))
         run = _train(config, folder, log, ranks, until_evaluated)
         begin = time.perf_counter()
         found = None
         if config.eval:
-            found = evaluate(config, folder, run.data.train, run.data.test, log, ranks=ranks)
+            with log.doing("evaluating"):
+                found = evaluate(config, folder, run.data.train, run.data.test, log, ranks=ranks)
         # Each rank has met the unreadable images of its own batches.
         skipped = dict(ChainMap(*ranks.gather(dict(run.data.skipped))))
         return _summary(config, folder, log, run, found, skipped, begin) if ranks.is_main else {}
@@ -58,15 +62,14 @@ class _Run:
     world: int
 
 
-def _train(
-    config: Config, folder: Path, log: Callable[[str], None], ranks: Ranks, locks: ExitStack
-) -> _Run:
+def _train(config: Config, folder: Path, log: RunLog, ranks: Ranks, locks: ExitStack) -> _Run:
     """Pretrain, save the backbone and plot the curves. `locks` takes the lock on the folder."""
     begin = time.perf_counter()
     resumed = ranks.is_main and run_dir.is_resumed(folder, config)
     device = choose_device(config.device)
     per_rank = replace(config, batch_size=rank_batch(config, ranks.world))
-    data = open_data(per_rank, device, log, ranks)
+    with log.doing("loading the data"):
+        data = open_data(per_rank, device, log, ranks)
     backbone = seeded_backbone(config, device)
     if config.init:
         log(load_backbone(Path(config.init), backbone, partial=config.init_partial))
@@ -84,10 +87,11 @@ def _train(
         objective = global_batch_norm(objective, ranks)
     probe = None
     if config.probe_epochs:
-        probe = OnlineKNN(folder / "probes.jsonl", config, data.train, data.test, ranks)
+        probe = OnlineKNN(folder / PROBES, config, data.train, data.test, ranks)
     if ranks.is_main:  # nothing is written before everything above has been checked
         run_dir.create(folder, config)
         locks.enter_context(run_dir.locked(folder))
+        log.write_to(folder / "log.txt")
     log(f"{'resuming' if resumed else 'run'} {folder}")
     images_per_batch = per_rank.batch_size * ranks.world
     batches = f"{len(data.pipeline)} batches of {images_per_batch} x {config.views}"
@@ -111,7 +115,8 @@ def _train(
         run_dir.write_text(folder / "oracle.json", json.dumps(oracle.log()))
     if ranks.is_main:
         save_backbone(folder / "backbone.safetensors", backbone)
-        plot_curves(read_metrics(folder / "metrics.jsonl"), folder.name, folder / "curves.png")
+        metrics, probes = read_metrics(folder / "metrics.jsonl"), read_probes(folder / PROBES)
+        plot_curves(metrics, folder.name, folder / "curves.png", probes)
     ranks.barrier()  # all ranks read the backbone for the evaluation
     return _Run(data, trained, load_s, device, ranks.world)
 
@@ -138,6 +143,7 @@ def _summary(
     device = run.device
     summary = {
         **evaluation_summary(found, time.perf_counter() - begin),
+        "probes": read_probes(folder / PROBES),
         "load_s": round(run.load_s, 2),
         "train_s": round(run.trained.train_s, 2),
         "steps": run.trained.steps,

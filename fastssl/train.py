@@ -81,7 +81,7 @@ def train(
     if probe and ranks.is_main:
         probe.truncate_after(state.step)
     metrics_path = folder / "metrics.jsonl" if ranks.is_main else None
-    metrics_log = MetricsLog(metrics_path, schedule.steps(state), state.step)
+    metrics_log = MetricsLog(metrics_path, schedule.steps(state), state.step, log)
     begin, earlier_s, seen, waited_s = time.perf_counter(), state.train_s, 0, 0.0
     with (
         metrics_log,
@@ -100,6 +100,7 @@ def train(
                 metrics, features = step(batch.views, batch.index, lr)
                 spectrum.update(features)
                 state.step += 1
+                metrics_log.step = state.step
                 guard.add(state.step, batch.index, metrics.pop("finite"))
                 seen += len(batch.index) * len(batch.views)
                 # The guard is checked before the probe, the report and the checkpoint: none of them
@@ -116,6 +117,7 @@ def train(
                 if probing:
                     watchdog.phase("probing")
                     state.knn = ranks.broadcast(probe(backbone, state) if probe else 0.0)
+                    log(f"step {state.step}: online kNN {state.knn:.3f} (epoch {epoch + 1})")
                     begin = time.perf_counter() - spent_s  # the probe's time is not training time
                 over = schedule.is_over(state)
                 if state.step % config.log_every == 0 or over:

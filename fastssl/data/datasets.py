@@ -9,6 +9,7 @@ Shapes: M data set, S pixels per side. Images are uint8 RGB (M, S, S, 3), labels
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -73,10 +74,27 @@ def beton_of(
     skipped_path = path.with_suffix(".skipped.json")
     if not path.exists():
         log(f"converting {len(images)} images to {path}, once")
-        report = convert(images, path, on_corrupt=on_corrupt, quota=quota)
+        report = convert(
+            images, path, on_corrupt=on_corrupt, quota=quota, progress=periodic(log, "converted")
+        )
         skipped_path.write_text(json.dumps(report.skipped))
     skipped = json.loads(skipped_path.read_text()) if skipped_path.is_file() else {}
     return path, skipped
+
+
+def periodic(
+    log: Callable[[str], None], done_what: str, period_s: float = 10.0
+) -> Callable[[int, int], None]:
+    """A function (done, total) that logs progress, at most every `period_s` seconds."""
+    last = time.monotonic()
+
+    def progress(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= period_s:
+            last = time.monotonic()
+            log(f"{done_what} {done:,} of {total:,} images")
+
+    return progress
 
 
 def cache_folder() -> Path:

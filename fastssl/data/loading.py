@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fastssl.config import Config
-from fastssl.data.datasets import beton_of, is_encoded
+from fastssl.data.datasets import beton_of, is_encoded, periodic
 from fastssl.data.splits import ArraySplit, FileSplit, Split, open_split
 from fastssl.distributed import SINGLE_PROCESS, Ranks
 from fastssl_pipelines import Pipeline, View, choose_engine, open_pipeline, policies
@@ -60,7 +60,9 @@ def open_data(
     require_memory(needed, what, "lower --image-size, --batch-size or --views", device)
     engine = _engine(config, device, log)
     with ranks.main_first(config.data == "cifar10"):  # which it downloads
-        split = open_split(config, "train", hold=engine == "resident")
+        split = open_split(
+            config, "train", hold=engine == "resident", progress=periodic(log, "decoded")
+        )
     if config.batch_size > len(split):
         raise ValueError(
             f"--batch-size {config.batch_size} is larger than the data set of {len(split)} images"

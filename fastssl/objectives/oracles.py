@@ -12,35 +12,15 @@ Shapes: M data set, N batch, D embedding, E pairs, Q queries.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from fastssl.config import Config, Knobs, require
+from fastssl.config import Config
 
 SHARPNESS = 0.1  # of the guess exp((cosine - 1) / SHARPNESS) that two images are alike
-
-
-@dataclass(frozen=True)
-class OracleKnobs(Knobs):
-    """Knobs of every method with a loss on a similarity graph."""
-
-    oracle: Literal["none", "labels", "queries"] = "none"
-    """PAL (arXiv:2303.15256): similarities beyond views of one image, from the labels
-    of `oracle_share` of the images or from `oracle_queries` yes/no answers. Labels reach training
-    only here, and oracle.json records which."""
-    oracle_share: float = 1.0
-    """PAL with labels: fraction of the images whose label is read."""
-    oracle_queries: int = 1000
-    """PAL with queries: number of pairs of images to query, over the first half of the run."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()  # type: ignore[misc]  # of the knobs that it is mixed with
-        require(self, "oracle_share", 0 < self.oracle_share <= 1, "lie in (0, 1]")
-        require(self, "oracle_queries", self.oracle_queries >= 1, "be at least 1")
 
 
 class Labels(Protocol):

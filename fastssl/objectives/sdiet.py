@@ -12,31 +12,19 @@ Shapes: M data set, N batch, F features, D embedding, V views.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from fastssl.config import Config, require
-from fastssl.objectives.base import Objective, ProjectorKnobs, projector
+from fastssl.config import Config
+from fastssl.knobs import SDIETKnobs
+from fastssl.objectives.base import Objective, projector
 from fastssl_kernels import linear_cross_entropy
 
 EPS = 1e-8  # torch.optim.AdamW's
 MEMORY = 200  # steps after which a row's momentum, (0.9 / 0.999^.5)^200 = 8e-10 of it, is dropped
-
-
-@dataclass(frozen=True)
-class SDIETKnobs(ProjectorKnobs):
-    """Knobs of S-DIET."""
-
-    label_smoothing: float = 0.8
-    """Label smoothing of the cross-entropy (arXiv:2302.10260)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self, "label_smoothing", 0 <= self.label_smoothing <= 1, "lie in [0, 1]")
 
 
 class SDIET(Objective):

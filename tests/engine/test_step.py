@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from fastssl.backbones import build_backbone
 from fastssl.config import Config
 from fastssl.distributed import SINGLE_PROCESS
+from fastssl.knobs import BarlowTwinsKnobs
 from fastssl.objectives import build_objective, configured
-from fastssl.objectives.barlow_twins import BarlowTwins, BarlowTwinsKnobs
+from fastssl.objectives.barlow_twins import BarlowTwins
 from fastssl.objectives.base import Objective
 from fastssl.optim import build_optimizer
 from fastssl.runtime.nan_guard import MAX_CONSECUTIVE_SKIPS, NonFiniteGuard, NonFiniteLossError
