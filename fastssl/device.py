@@ -1,4 +1,4 @@
-"""The device of a run, and the settings that follow from it."""
+"""The device of a run, the settings that follow from it, and the errors of its memory."""
 
 from dataclasses import replace
 
@@ -37,3 +37,12 @@ def resolved(config: Config) -> Config:
 def device_of(module: nn.Module) -> torch.device:
     """The device of a module's parameters."""
     return next(module.parameters()).device
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device has no memory left. On a CPU torch's is a RuntimeError
+    that only its text tells from others."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    signs = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)

@@ -10,8 +10,10 @@ from typing import Any
 
 from fastssl.cli import catalog_commands, dataset_commands, run_commands
 from fastssl.cli.console import accept_any_encoding
+from fastssl.cli.errors import one_line
 from fastssl.cli.parsing import UsageError
 from fastssl.config import suggestion
+from fastssl.runtime.environment import provide_user
 from fastssl.runtime.signals import Interrupted, stop_signals
 
 USAGE = """usage: fastssl COMMAND ...
@@ -71,6 +73,7 @@ def run(arguments: list[str]) -> int:
     if name == "--version":
         print(f"fastssl {_version()}")
         return 0
+    provide_user()
     try:
         if name not in COMMANDS:
             raise UsageError(f"unknown command {name!r}; {suggestion(name, COMMANDS)}")
@@ -82,17 +85,17 @@ def run(arguments: list[str]) -> int:
     except Interrupted as stop:
         print(f"fastssl: {stop}{RESUMED.get(name, '')}", file=sys.stderr)
         return stop.exit_code
-    except (ValueError, ArithmeticError, OSError) as error:
-        _print_error(error)
-        return 2
     except Exception as error:
-        if not getattr(error, "is_reported", False):  # else another rank has printed the reason
+        if getattr(error, "is_reported", False):  # another rank has printed the reason
+            return getattr(error, "exit_code", 2)
+        if (line := one_line(error)) is None:
             raise
-        return getattr(error, "exit_code", 2)
+        _print_error(line)
+        return 2
     return 0
 
 
-def _print_error(error: Exception, *, only_on_rank_0: bool = False) -> None:
+def _print_error(error: Exception | str, *, only_on_rank_0: bool = False) -> None:
     """Print an error in one line, under torchrun with the rank that it is of."""
     rank = os.environ.get("RANK", "0")
     if rank == "0" or not only_on_rank_0:
