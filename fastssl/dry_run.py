@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastssl.backbones import build_backbone, feature_width, seeded_backbone
 from fastssl.config import Config
-from fastssl.data.loading import build_views, open_data
+from fastssl.data.loading import build_views, open_data, size_step
 from fastssl.data.splits import ArraySplit, open_split
 from fastssl.device import choose_device, resolved
 from fastssl.distributed import SINGLE_PROCESS
@@ -79,6 +79,7 @@ def dry_run(config: Config) -> DryRun:
     """
     config = resolved(complete(config))
     device = choose_device(config.device)
+    size_step(config)  # refuses sizes that the backbone cannot take, before data is read
     split = open_split(config, "train")
     count = len(split)
     if config.batch_size > count:
@@ -122,10 +123,11 @@ def step_memory(
     fake tensors; the device itself need not exist."""
     with torch.device("meta"):  # networks read values while they are built, fake tensors have none
         backbone = build_backbone(config.backbone, stem=config.stem, image_size=config.image_size)
+    features = feature_width(backbone, config.image_size)
     with FakeTensorMode():
         _allocate(backbone, device)
         with device:
-            objective = _objective(config, backbone, count)
+            objective = _objective(config, features, count)
         model = Model(backbone, objective, config.accumulate).train()
         optimizer = build_optimizer(config, [backbone, objective])
         trained = [p for group in optimizer.param_groups for p in group["params"]]
@@ -200,7 +202,8 @@ def measure_step_s(config: Config, log: Callable[[str], None]) -> float:
     device = choose_device(config.device)
     data = open_data(config, device, log)
     backbone = seeded_backbone(config, device)
-    objective = _objective(config, backbone, len(data.train)).to(device)
+    features = feature_width(backbone, config.image_size)
+    objective = _objective(config, features, len(data.train)).to(device)
     model = Model(backbone, objective, config.accumulate).train()
     step = Step(config, model, build_optimizer(config, [backbone, objective]), SINGLE_PROCESS, log)
     times = []
@@ -227,11 +230,9 @@ def _allocate(module: nn.Module, device: torch.device) -> None:
             setattr(part, name, new[buffer])
 
 
-def _objective(config: Config, backbone: nn.Module, count: int) -> Objective:
+def _objective(config: Config, features: int, count: int) -> Objective:
     oracle = Oracle(count) if uses_oracle(config) else None  # no labels are read
-    return build_objective(
-        config, features=feature_width(backbone), num_samples=count, oracle=oracle
-    )
+    return build_objective(config, features=features, num_samples=count, oracle=oracle)
 
 
 def _decoded(config: Config, count: int) -> int:

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from fastssl.backbones import feature_width, load_backbone, save_backbone, seeded_backbone
+from fastssl.backbones import feature_width, seeded_backbone
 from fastssl.config import Config
-from fastssl.data.datasets import is_encoded, load_array, load_labels, open_files
-from fastssl.data.loading import Data, build_views, open_data
+from fastssl.data.datasets import class_names, is_encoded, load_array, load_labels, open_files
+from fastssl.data.loading import Data, build_views, open_data, size_step
 from fastssl.device import choose_device, resolved
 from fastssl.distributed import Ranks, global_batch_norm, init_distributed, rank_batch
 from fastssl.evaluation.online_knn import OnlineKNN, read_probes
@@ -29,6 +30,7 @@ from fastssl.runtime.run_lock import locked, orphaned_workers
 from fastssl.runtime.run_log import RunLog
 from fastssl.schedule import fit_warmup, ramp, require_full_views
 from fastssl.train import Trained, train
+from fastssl.weights import FILE, Metadata, initialise, save_backbone
 
 PROBES = "probes.jsonl"  # of a run folder
 
@@ -72,15 +74,15 @@ class _Run:
 def _train(config: Config, folder: Path, log: RunLog, ranks: Ranks, locks: ExitStack) -> _Run:
     """Pretrain, save the backbone and plot the curves. `locks` takes the lock on the folder."""
     begin = time.perf_counter()
-    device = choose_device(config.device)
+    device, step = choose_device(config.device), size_step(config)
     per_rank = replace(config, batch_size=rank_batch(config, ranks.world))
     # Checks that need no pixels come before the data, whose decoding takes minutes.
     resumed = ranks.is_main and _claim(config, folder, log, locks)
     backbone = seeded_backbone(config, device)
     if config.init:
-        log(load_backbone(Path(config.init), backbone, partial=config.init_partial))
+        log(initialise(config, backbone))
     if ranks.is_main:
-        _check_data(per_rank)
+        _check_data(per_rank, step)
     random = torch.get_rng_state()
     with log.doing("loading the data"):
         data = open_data(per_rank, device, log, ranks)
@@ -89,7 +91,7 @@ def _train(config: Config, folder: Path, log: RunLog, ranks: Ranks, locks: ExitS
     oracle = build_oracle(config, data.train.labels()) if uses_oracle(config) else None
     objective = build_objective(
         per_rank,
-        features=feature_width(backbone),
+        features=feature_width(backbone, config.image_size),
         num_samples=len(data.train),
         oracle=oracle,
         group=ranks.group,
@@ -120,14 +122,14 @@ def _train(config: Config, folder: Path, log: RunLog, ranks: Ranks, locks: ExitS
         log,
         ranks=ranks,
         probe=probe,
-        views_of=(lambda epoch: build_views(ramp(config, epoch))) if config.ramp_epochs else None,
+        views_of=(lambda e: build_views(ramp(config, e, step))) if config.ramp_epochs else None,
     )
     if trained.steps < config.ramp_epochs * len(data.pipeline):
         log("warning: the run ended inside --ramp-epochs, before any epoch with the full views")
     if ranks.is_main and oracle:
         run_dir.write_text(folder / "oracle.json", json.dumps(oracle.log()))
     if ranks.is_main:
-        save_backbone(folder / "backbone.safetensors", backbone)
+        save_backbone(folder / FILE, backbone, _metadata(config, backbone))
         metrics, probes = read_metrics(folder / "metrics.jsonl"), read_probes(folder / PROBES)
         plot_curves(metrics, folder.name, folder / "curves.png", probes)
     ranks.barrier()  # all ranks read the backbone for the evaluation
@@ -148,12 +150,12 @@ def _claim(config: Config, folder: Path, log: Callable[[str], None], locks: Exit
     return True
 
 
-def _check_data(config: Config) -> None:
+def _check_data(config: Config, size_step: int) -> None:
     """ValueError where the views, the labels or the test part would fail a run later. Nothing is
     decoded."""
     require_full_views(config)
     for epoch in (0, config.ramp_epochs):
-        build_views(ramp(config, epoch))
+        build_views(ramp(config, epoch, size_step))
     train = load_labels(config.data, "train", config.holdout)
     test = load_labels(config.data, "test", config.holdout)
     if uses_oracle(config):
@@ -169,6 +171,22 @@ def _check_data(config: Config) -> None:
         raise ValueError(
             f"--batch-size {config.batch_size} is larger than the data set of {count} images"
         )
+
+
+def _metadata(config: Config, backbone: nn.Module) -> Metadata:
+    """What the backbone's file says of it; of paths the last part alone, since it is handed on."""
+    view, recipe = build_views(config)[0], run_dir.flat(config)
+    paths = {name: Path(recipe[name]).name for name in ("data", "init", "run")}
+    return Metadata(
+        architecture=config.backbone,
+        stem=config.stem,
+        image_size=config.image_size,
+        features=feature_width(backbone, config.image_size),
+        mean=view.mean,
+        std=view.std,
+        classes=class_names(config.data),
+        recipe=recipe | paths,
+    )
 
 
 def _summary(

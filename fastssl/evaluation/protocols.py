@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastssl.backbones import load_backbone, seeded_backbone
+from fastssl.backbones import seeded_backbone
 from fastssl.config import Config
 from fastssl.data.splits import ArraySplit, Split, open_split, sample_indices
 from fastssl.device import choose_device
@@ -50,6 +50,7 @@ from fastssl.evaluation.progress import Progress
 from fastssl.evaluation.spectrum import rankme
 from fastssl.evaluation.trained_run import Network, TrainedRun, load_trained_run
 from fastssl.runtime.run_dir import flat, read_config, write_text
+from fastssl.weights import FILE, load_weights
 
 RAW_PIXELS_STREAMED = 2048  # images, of both parts
 
@@ -261,7 +262,7 @@ def _neutral_features(
     """
     device = choose_device(config.device)
     pretrained = seeded_backbone(config, device)
-    load_backbone(folder / "backbone.safetensors", pretrained)
+    load_weights(folder / FILE, pretrained)
     functions: dict[str, Function] = {"pretrained": partial(centre_features, config, pretrained)}
     labels = _labels(train, test)
     if labels is None:
