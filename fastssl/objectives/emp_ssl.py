@@ -17,7 +17,13 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
 from fastssl.config import require
-from fastssl.objectives.base import ProjectedObjective, ProjectorKnobs, require_weights
+from fastssl.objectives.base import (
+    ProjectedObjective,
+    ProjectorKnobs,
+    at_least_float32,
+    require_weights,
+    without_autocast,
+)
 from fastssl_kernels import coding_rate
 
 
@@ -56,9 +62,11 @@ class EMPSSL(ProjectedObjective):
 
     def forward(self, features: Sequence[Tensor], index: Tensor) -> dict[str, Tensor]:
         rows = self.projector(torch.cat(tuple(features)))  # one batch norm for all, as published
-        z = normalize(rows, dim=1).unflatten(0, (len(features), -1))  # (V, N, D)
-        rate = coding_rate(z, eps_sq=self.eps_sq, group=self.group)
-        likeness = cosine_similarity(z, z.mean(0, keepdim=True), dim=2).mean()
+        with without_autocast(rows):
+            z = normalize(at_least_float32(rows), dim=1)
+            z = z.unflatten(0, (len(features), -1))  # (V, N, D)
+            rate = coding_rate(z, eps_sq=self.eps_sq, group=self.group)
+            likeness = cosine_similarity(z, z.mean(0, keepdim=True), dim=2).mean()
         return {
             "loss": -rate - self.patch_coeff * likeness,
             "coding_rate": rate.detach(),

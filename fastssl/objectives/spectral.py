@@ -20,6 +20,7 @@ from fastssl.distributed import all_gather_with_grad
 from fastssl.objectives.base import (
     GraphObjective,
     ProjectorKnobs,
+    at_least_float32,
     graph_distance,
     require_weights,
 )
@@ -52,7 +53,8 @@ class Spectral(GraphObjective):
         self.orthogonality = knobs.orthogonality
 
     def loss(self, embeddings: Sequence[Tensor]) -> Tensor:
-        z = all_gather_with_grad(torch.stack(tuple(embeddings)), self.group)  # (V, N, D)
+        z = at_least_float32(torch.stack(tuple(embeddings)))
+        z = all_gather_with_grad(z, self.group)  # (V, N, D)
         distance = 2 * z.var(0).sum(1).mean()  # of two views: twice the unbiased variance
         return distance + self.orthogonality * orthonormality(z.flatten(0, 1))
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from fastssl.objectives.base import (
     GraphObjective,
     ProjectorKnobs,
+    at_least_float32,
     graph_distance,
     require_weights,
 )
@@ -74,7 +75,7 @@ class VICReg(GraphObjective):
     def loss(self, embeddings: Sequence[Tensor]) -> Tensor:
         if self.pairing == "pairs" or len(embeddings) == 2:
             return vicreg_loss(embeddings, group=self.group, **self.weights)
-        z = torch.stack(tuple(embeddings))  # (V, N, D)
+        z = at_least_float32(torch.stack(tuple(embeddings)))  # (V, N, D)
         others = (z.sum(0) - z) / (len(z) - 1)
         pairs = zip(z, others, strict=True)
         return torch.stack(

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl_kernels._class_softmax import class_statistics
+from fastssl_kernels._autograd import refuse_forward_mode
+from fastssl_kernels._class_softmax import INSTEAD, class_statistics
 from fastssl_kernels._validation import checked
 from fastssl_kernels.distributed import (
     Shard,
@@ -25,6 +26,7 @@ from fastssl_kernels.distributed import (
     all_gather_rows,
     all_reduce_lse,
     group_name,
+    require_equal_rows,
 )
 
 # Bytes of exponentials that save="auto" may store, by device type.
@@ -88,6 +90,9 @@ def linear_cross_entropy(
             raise ValueError(
                 "linear_cross_entropy: reduction='none' with a group; use 'mean' or 'sum'"
             )
+    tensors = [input, linear_weight] if linear_bias is None else [input, linear_weight, linear_bias]
+    refuse_forward_mode("linear_cross_entropy", INSTEAD, *tensors)
+    require_equal_rows(input, group, "linear_cross_entropy")
     shard = Shard.of_weight(linear_weight, group)
     labels = all_gather_rows(checked_labels(target, shard.classes, ignore_index), shard)
     x, w, bias = cast_for_product(input, linear_weight, linear_bias)
