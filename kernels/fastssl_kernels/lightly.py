@@ -89,10 +89,11 @@ class NTXentLoss(nn.Module):
                 f"NTXentLoss: got {shapes}; wanted (N, {self.bank.shape[1]}), the width of "
                 f"memory_bank_size={self.memory_bank_size}"
             )
-        bank = self.bank.clone()  # which the backward pass reads after the update
+        # of a copy, since the backward pass reads it after the update
+        loss = bank_loss(out0, out1, self.bank.clone(), self.temperature)
         if out0.requires_grad:
             self._store(F.normalize(out1.detach().to(self.bank.dtype), dim=1), group)
-        return bank_loss(out0, out1, bank, self.temperature)
+        return loss
 
     @torch.no_grad()
     def _store(self, rows: Tensor, group: Any) -> None:
