@@ -4,8 +4,10 @@ Shapes: N batch, F features, D embedding, V views, n = V N rows.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor, nn
 
 from fastssl.config import Config, Knobs
@@ -70,19 +72,38 @@ class ProjectedObjective(Objective):
         return cls(features, knobs)
 
     def loss(self, embeddings: Sequence[Tensor]) -> Tensor:
-        """V tensors (N, D) -> ()"""
+        """V tensors (N, D), maybe bfloat16 or float16 -> () float32; called without autocast"""
         raise NotImplementedError
 
     def forward(self, features: Sequence[Tensor], index: Tensor) -> dict[str, Tensor]:
-        return {"loss": self.loss([self.projector(f) for f in features])}
+        embeddings = [self.projector(f) for f in features]
+        with without_autocast(embeddings[0]):
+            return {"loss": self.loss(embeddings)}
 
 
 class GraphObjective(ProjectedObjective):
     """A method that PAL generalises: it also has a loss on a similarity graph (`pal.py`)."""
 
     def graph_loss(self, embeddings: Sequence[Tensor], p: Tensor) -> Tensor:
-        """V tensors (N, D), the graph's weights (n, n), rows that sum to 1 -> ()"""
+        """V tensors (N, D), the graph's weights (n, n), rows that sum to 1 -> ()
+
+        In float32 or float64; called without autocast.
+        """
         raise NotImplementedError
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[None]:
+    """A context in which operations on x's device compute in the dtypes of their inputs: a loss
+    sums over a batch, where bfloat16 has errors of percents."""
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device):  # meta
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
+
+
+def at_least_float32(z: Tensor) -> Tensor:
+    """z in float32, or in float64 as it is."""
+    return z.to(torch.promote_types(z.dtype, torch.float32))
 
 
 def graph_distance(z: Tensor, p: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
 from fastssl.knobs import EMPSSLKnobs
-from fastssl.objectives.base import ProjectedObjective
+from fastssl.objectives.base import ProjectedObjective, at_least_float32, without_autocast
 from fastssl_kernels import coding_rate
 
 
@@ -35,9 +35,11 @@ class EMPSSL(ProjectedObjective):
 
     def forward(self, features: Sequence[Tensor], index: Tensor) -> dict[str, Tensor]:
         rows = self.projector(torch.cat(tuple(features)))  # one batch norm for all, as published
-        z = normalize(rows, dim=1).unflatten(0, (len(features), -1))  # (V, N, D)
-        rate = coding_rate(z, eps_sq=self.eps_sq, group=self.group)
-        likeness = cosine_similarity(z, z.mean(0, keepdim=True), dim=2).mean()
+        with without_autocast(rows):
+            z = normalize(at_least_float32(rows), dim=1)
+            z = z.unflatten(0, (len(features), -1))  # (V, N, D)
+            rate = coding_rate(z, eps_sq=self.eps_sq, group=self.group)
+            likeness = cosine_similarity(z, z.mean(0, keepdim=True), dim=2).mean()
         return {
             "loss": -rate - self.patch_coeff * likeness,
             "coding_rate": rate.detach(),

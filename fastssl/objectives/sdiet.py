@@ -20,7 +20,7 @@ from torch.nn.functional import normalize
 
 from fastssl.config import Config
 from fastssl.knobs import SDIETKnobs
-from fastssl.objectives.base import Objective, projector
+from fastssl.objectives.base import Objective, at_least_float32, projector, without_autocast
 from fastssl_kernels import linear_cross_entropy
 
 EPS = 1e-8  # torch.optim.AdamW's
@@ -79,7 +79,9 @@ class SDIET(Objective):
 
     def forward(self, features: Sequence[Tensor], index: Tensor) -> dict[str, Tensor]:
         z = torch.stack([self.projector(f) for f in features])  # (V, N, D)
-        return {"loss": self.head(normalize(z, dim=2) * math.sqrt(z.shape[2]), index)}
+        with without_autocast(z):
+            z = normalize(at_least_float32(z), dim=2)
+            return {"loss": self.head(z * math.sqrt(z.shape[2]), index)}
 
 
 class BatchHead(nn.Module):

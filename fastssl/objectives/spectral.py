@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastssl.distributed import all_gather_with_grad
 from fastssl.knobs import SpectralKnobs
-from fastssl.objectives.base import GraphObjective, graph_distance
+from fastssl.objectives.base import GraphObjective, at_least_float32, graph_distance
 from fastssl_kernels import second_moment_energy
 
 
@@ -34,7 +34,8 @@ class Spectral(GraphObjective):
         self.orthogonality = knobs.orthogonality
 
     def loss(self, embeddings: Sequence[Tensor]) -> Tensor:
-        z = all_gather_with_grad(torch.stack(tuple(embeddings)), self.group)  # (V, N, D)
+        z = at_least_float32(torch.stack(tuple(embeddings)))
+        z = all_gather_with_grad(z, self.group)  # (V, N, D)
         distance = 2 * z.var(0).sum(1).mean()  # of two views: twice the unbiased variance
         return distance + self.orthogonality * orthonormality(z.flatten(0, 1))
 

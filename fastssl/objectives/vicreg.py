@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastssl.knobs import VICRegKnobs
-from fastssl.objectives.base import GraphObjective, graph_distance
+from fastssl.objectives.base import GraphObjective, at_least_float32, graph_distance
 from fastssl.objectives.default_weights import default_cov_coeff
 from fastssl_kernels import vicreg_loss
 
@@ -36,7 +36,7 @@ class VICReg(GraphObjective):
     def loss(self, embeddings: Sequence[Tensor]) -> Tensor:
         if self.pairing == "pairs" or len(embeddings) == 2:
             return vicreg_loss(embeddings, group=self.group, **self.weights)
-        z = torch.stack(tuple(embeddings))  # (V, N, D)
+        z = at_least_float32(torch.stack(tuple(embeddings)))  # (V, N, D)
         others = (z.sum(0) - z) / (len(z) - 1)
         pairs = zip(z, others, strict=True)
         return torch.stack(

@@ -30,10 +30,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastssl_kernels._autograd import refuse_forward_mode, refuse_second_order
 from fastssl_kernels._dispatch import matmul_t, use_triton
 from fastssl_kernels._precision import accumulation_dtype, log_sum, power_of_two_scale
 from fastssl_kernels._triton import class_softmax as kernels
 
+INSTEAD = "the eager formula, such as linear_cross_entropy_reference"
 Statistics = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -283,6 +285,7 @@ def _(g_lse, g_target, g_sum, x, w, bias, *_):
 
 def zeros_for_none(grads: tuple[Tensor | None, ...], like: Tensor) -> list[Tensor]:
     """The gradients of the statistics (N,), zero where the loss does not depend on one."""
+    refuse_forward_mode("the gradient of a softmax", INSTEAD, *(g for g in grads if g is not None))
     return [torch.zeros_like(like) if g is None else g for g in grads]
 
 
@@ -303,3 +306,4 @@ def _backward(ctx, g_lse, g_target, g_sum, *_):
 
 
 class_statistics.register_autograd(_backward, setup_context=_setup_context)
+refuse_second_order(class_statistics_backward, INSTEAD)

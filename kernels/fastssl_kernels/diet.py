@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastssl_kernels._class_softmax import class_statistics
+from fastssl_kernels._autograd import refuse_forward_mode
+from fastssl_kernels._class_softmax import INSTEAD, class_statistics
 from fastssl_kernels._class_update import class_statistics_updating
 from fastssl_kernels._validation import checked, require_unit_grad
 from fastssl_kernels.distributed import (
@@ -22,6 +23,7 @@ from fastssl_kernels.distributed import (
     all_gather_shards,
     all_reduce_lse,
     group_name,
+    require_equal_rows,
     shard_sizes,
 )
 from fastssl_kernels.linear_cross_entropy import (
@@ -176,6 +178,8 @@ class DIETHead(nn.Module):
         """
         shard = Shard(self.group, self.world, self.first, self.num_samples)
         x, labels = self._rows(features, index)
+        refuse_forward_mode("DIETHead", INSTEAD, x, self.weight)
+        require_equal_rows(x, self.group, "DIETHead")
         labels = all_gather_rows(labels, shard) - self.first
         rows, classes = None, self.num_samples
         if self.training and self.sample_rate < 1:

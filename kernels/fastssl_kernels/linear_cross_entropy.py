@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl_kernels._class_softmax import class_statistics
+from fastssl_kernels._autograd import refuse_forward_mode
+from fastssl_kernels._class_softmax import INSTEAD, class_statistics
 from fastssl_kernels._precision import accumulation_dtype
 from fastssl_kernels._validation import checked
 from fastssl_kernels.distributed import (
@@ -32,6 +33,7 @@ from fastssl_kernels.distributed import (
     all_gather_rows,
     all_reduce_lse,
     group_name,
+    require_equal_rows,
 )
 
 # Bytes of exponentials that save="auto" may store, by device type.
@@ -161,6 +163,9 @@ def linear_cross_entropy_with_lse(
             raise ValueError(
                 "linear_cross_entropy: reduction='none' with a group; use 'mean' or 'sum'"
             )
+    tensors = [input, linear_weight] if linear_bias is None else [input, linear_weight, linear_bias]
+    refuse_forward_mode("linear_cross_entropy", INSTEAD, *tensors)
+    require_equal_rows(input, group, "linear_cross_entropy")
     shard = Shard.of_weight(linear_weight, group)
     labels = checked_labels(target.reshape(-1).long(), shard.classes, ignore_index)
     labels = all_gather_rows(labels, shard)
