@@ -88,11 +88,14 @@ class Config:
     solo-learn on CIFAR 0.02."""
     lars_clip: bool = False
     """LARS never takes a larger step than SGD would (LARC); EMP-SSL uses it."""
+    clip_norm: float = 0.0
+    """Scale the gradient where its total norm, over all parameters and the global batch, exceeds
+    this; 0: never. Steps that are not finite are skipped before."""
     bias_lr: float = 1.0
     """Learning rate of biases and normalisation layers as a fraction of `lr`; Barlow Twins' code
     uses 0.024 (0.0048 / 0.2)."""
     warmup_epochs: float = 10.0
-    """Linear warm-up from 0."""
+    """Linear warm-up from 0; a tenth of the run where it would be as long as the run."""
     final_lr: float = 1e-3
     """Learning rate at the end of the cosine, as a fraction of `lr`."""
     time_budget_s: float = 0.0
@@ -182,6 +185,8 @@ class Config:
             raise ValueError("--cuda-graphs needs --compile")
         for name in ("stall_s", "lr", "lars_eta", "bias_lr"):
             require(self, name, getattr(self, name) > 0, "be positive")
+        for name in ("warmup_epochs", "clip_norm"):
+            require(self, name, getattr(self, name) >= 0, "not be negative")
         require(self, "train_images", self.train_images >= 0, "be 0 (all) or more")
         require(self, "momentum", 0 <= self.momentum < 1, "lie in [0, 1)")
         if self.nesterov and self.momentum == 0:

@@ -1,4 +1,4 @@
-"""The device of a run."""
+"""The device of a run, and the errors of its memory."""
 
 import torch
 from torch import nn
@@ -21,3 +21,19 @@ def choose_device(name: str) -> torch.device:
 def device_of(module: nn.Module) -> torch.device:
     """The device of a module's parameters."""
     return next(module.parameters()).device
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device has no memory left. On a CPU torch's is a RuntimeError
+    that only its text tells from others."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    # CPU, GPU, and libraries on the GPU
+    signs = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
+def out_of_memory_reason(error: BaseException) -> str:
+    """What such an error says, as a part of a sentence."""
+    text = " ".join(str(error).split())
+    return (text.partition("DefaultCPUAllocator: ")[2] or text).split(". ")[0]

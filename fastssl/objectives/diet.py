@@ -78,6 +78,11 @@ class DIET(Objective):
 
     @classmethod
     def check(cls, config: Config, knobs: Any) -> None:
+        if knobs.fused_head and config.clip_norm:
+            raise ValueError(
+                "--fused-head updates before the norm of the whole gradient is known: --clip-norm "
+                "cannot be used; drop one of them"
+            )
         if knobs.fused_head and config.optimizer == "lars":
             raise ValueError(
                 "--fused-head updates by AdamW or SGD: --optimizer lars cannot be used"

@@ -78,6 +78,14 @@ class SDIET(Objective):
             )
         return cls(features, knobs, num_samples, lr=config.lr, weight_decay=config.weight_decay)
 
+    @classmethod
+    def check(cls, config: Config, knobs: Any) -> None:
+        if config.clip_norm:
+            raise ValueError(
+                "--method sdiet updates its rows before the norm of the whole gradient is known: "
+                "--clip-norm cannot be used"
+            )
+
     def set_lr(self, lr: float) -> None:
         self.head.lr = lr
 
