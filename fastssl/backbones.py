@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -107,8 +108,13 @@ def save_backbone(path: Path, backbone: nn.Module) -> None:
         name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()
     }
     temporary = path.with_name(path.name + ".tmp")
-    save_file(tensors, temporary)
-    os.replace(temporary, path)
+    try:
+        save_file(tensors, temporary)
+        os.replace(temporary, path)
+    except SafetensorError as error:  # of the file, such as a full disk
+        raise OSError(f"{path} cannot be written: {error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_backbone(path: Path, backbone: nn.Module, *, partial: bool = False) -> str:
@@ -119,7 +125,10 @@ def load_backbone(path: Path, backbone: nn.Module, *, partial: bool = False) -> 
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: the run has not finished pretraining")
-    tensors: dict[str, Tensor] = load_file(path)
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged, or no .safetensors file: {error}") from None
     expected = backbone.state_dict()
     matching = {
         name: tensor

@@ -70,16 +70,28 @@ class MetricsLog:
 
 
 def truncate_after(path: Path, step: int) -> None:
-    """Drop a file's reports after `step`: a resumed run writes them again."""
+    """Drop a file's reports after `step`, which a resumed run writes again, and damaged lines."""
     if path.is_file():
-        lines = path.read_text().splitlines()
-        earlier = [x for x in lines if x.endswith("}") and json.loads(x)["step"] <= step]
+        lines = path.read_text(errors="replace").splitlines()
+        earlier = [x for x in lines if (report := _report(x)) and report["step"] <= step]
         path.write_text("".join(line + "\n" for line in earlier))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The reports of a metrics.jsonl."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """The reports of a metrics.jsonl; ValueError where a line is damaged."""
+    reports = [_report(line) for line in path.read_text(errors="replace").splitlines()]
+    if None in reports:
+        raise ValueError(f"{path} is damaged in line {reports.index(None) + 1}; delete that line")
+    return [report for report in reports if report is not None]
+
+
+def _report(line: str) -> dict[str, Any] | None:
+    """The report in a line, None where a crash has damaged it."""
+    try:
+        report = json.loads(line)
+    except ValueError:
+        return None
+    return report if isinstance(report, dict) and "step" in report else None
 
 
 def plot_curves(metrics: list[dict[str, Any]], title: str, path: Path) -> None:

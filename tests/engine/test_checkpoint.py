@@ -90,9 +90,10 @@ def test_a_full_disk_leaves_what_was_there(
         return write(self, data)
 
     monkeypatch.setattr(checkpoint._HashingFile, "write", fill_up)
-    with pytest.raises((OSError, RuntimeError)):
+    with pytest.raises(OSError, match="No space left"):
         save_checkpoint(tmp_path, 2, {"step": 2, "x": torch.arange(100_000)})
     monkeypatch.undo()
+    assert len(list(tmp_path.iterdir())) == 1, "the checkpoint before, and no temporary file"
     assert load(tmp_path) == (1, [])
     save_checkpoint(tmp_path, 3, {"step": 3})
     assert load(tmp_path) == (3, [])
@@ -153,3 +154,20 @@ def test_backbone_file(tmp_path: Path) -> None:
     assert load_backbone(path, wider, partial=True) == "loaded 6 of 36 tensors"
     with pytest.raises(ValueError, match="0 of 2 tensors match"):
         load_backbone(path, nn.Linear(2, 2), partial=True)
+
+
+def test_a_device_that_is_full_is_named(tmp_path: Path) -> None:
+    (tmp_path / "writing.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(tmp_path, 2, {"step": 2, "x": torch.arange(100_000)})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_backbone_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "backbone.safetensors"
+    save_backbone(path, build_backbone("fastnet-4"))
+    whole = path.read_bytes()
+    for damaged in (b"", whole[:100], whole[:-1]):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"backbone\.safetensors is damaged"):
+            load_backbone(path, build_backbone("fastnet-4"))
