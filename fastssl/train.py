@@ -19,6 +19,7 @@ from fastssl.evaluation.online_knn import OnlineKNN
 from fastssl.objectives.base import Objective
 from fastssl.optim import build_optimizer
 from fastssl.runtime.checkpoint import CheckpointTimer, TrainCheckpointer
+from fastssl.runtime.environment import torch_defaults
 from fastssl.runtime.metrics_log import MetricsLog
 from fastssl.runtime.nan_guard import NonFiniteGuard
 from fastssl.runtime.signals import stop_signals
@@ -38,6 +39,7 @@ class Trained:
     views_per_s: float
 
 
+@torch_defaults()
 def train(
     config: Config,
     pipeline: Pipeline,
@@ -56,8 +58,8 @@ def train(
     epoch, where they change. Metrics and checkpoints go to `folder`; a checkpoint there is resumed,
     to the same weights as those of an uninterrupted run. On SIGINT, SIGTERM or SIGUSR1 the
     current step is finished and saved, then Interrupted is raised. Raises NonFiniteLossError where
-    the loss or its gradient is NaN or infinite (`NonFiniteGuard`), and CollapseError where the
-    features collapse and `config.on_collapse` is "stop".
+    the loss or its gradient is NaN or infinite (`NonFiniteGuard`), CollapseError where the features
+    collapse and `config.on_collapse` is "stop", and MemoryError, with what fits.
     """
     model = Model(backbone, objective, config.accumulate).train()
     optimizer = build_optimizer(config, [backbone, objective])
@@ -72,7 +74,7 @@ def train(
         seed=config.seed,
         ranks=ranks,
     )
-    state, schedule = checkpointer.load(log), Schedule(config, len(pipeline))
+    state, schedule = checkpointer.load(log), Schedule(config, len(pipeline), log)
     if state.step:
         log(f"resumed at step {state.step} of {schedule.steps(state)}")
     step = Step(config, model, optimizer, ranks, log)
@@ -86,7 +88,7 @@ def train(
     with (
         metrics_log,
         Watchdog(log, config.stall_s) as watchdog,
-        stop_signals() as stop,
+        stop_signals(log) as stop,
         stop.deferred(),
     ):
         while not schedule.is_over(state):
