@@ -14,6 +14,7 @@ import torch
 
 from fastssl.backbones import feature_width, load_backbone, save_backbone, seeded_backbone
 from fastssl.config import Config
+from fastssl.data.datasets import is_encoded, load_array, load_labels, open_files
 from fastssl.data.loading import Data, build_views, open_data
 from fastssl.device import choose_device
 from fastssl.distributed import Ranks, global_batch_norm, init_distributed, rank_batch
@@ -22,22 +23,28 @@ from fastssl.evaluation.protocols import RunFeatures, run_features, score
 from fastssl.objectives import build_objective, complete
 from fastssl.objectives.oracles import build_oracle, uses_oracle
 from fastssl.runtime import run_dir
+from fastssl.runtime.environment import provide_user, torch_defaults
 from fastssl.runtime.metrics_log import plot_curves, read_metrics
-from fastssl.schedule import ramp
+from fastssl.runtime.run_lock import locked, orphaned_workers
+from fastssl.schedule import fit_warmup, ramp, require_full_views
 from fastssl.train import Trained, train
 
 
+@torch_defaults()
 def pretrain(config: Config, folder: Path, log: Callable[[str], None]) -> dict[str, Any]:
     """Train and evaluate in `folder`; returns the contents of its summary.json.
 
     An unfinished run of the same config is resumed. Under torchrun every rank calls it; rank 0
     saves, logs and evaluates, the others return {}. Raises ValueError, with nothing written, where
-    the folder is taken or the config does not fit the data.
+    the folder is taken or the config does not fit the data; MemoryError, with what fits, where a
+    step does not.
     """
-    config = complete(config)
+    provide_user()
+    config = run_dir.with_absolute_paths(complete(config))
     with ExitStack() as until_evaluated:
         with init_distributed(config.device) as ranks:
             log = log if ranks.is_main else _discard
+            config = fit_warmup(config, log)
             run = _train(config, folder, log, ranks, until_evaluated)
             begin = time.perf_counter()
             features = run_features(config, folder, run.data.train, run.data.test, ranks)
@@ -67,18 +74,23 @@ def _train(
 ) -> _Run:
     """Pretrain, save the backbone and plot the curves. `locks` takes the lock on the folder."""
     begin = time.perf_counter()
-    resumed = ranks.is_main and run_dir.is_resumed(folder, config)
     device = choose_device(config.device)
     per_rank = replace(config, batch_size=rank_batch(config, ranks.world))
+    # Checks that need no pixels come before the data, whose decoding takes minutes.
+    resumed = ranks.is_main and _claim(config, folder, log, locks)
+    backbone = seeded_backbone(config, device)
+    if config.init:
+        log(load_backbone(Path(config.init), backbone, partial=config.init_partial))
+    if ranks.is_main:
+        _check_data(per_rank)
+    random = torch.get_rng_state()
     # Rank 0 opens the data first: an engine may convert it to a file that all ranks then read.
     if not ranks.is_main:
         ranks.barrier()
     data = open_data(per_rank, device, log, ranks)
     if ranks.is_main:
         ranks.barrier()
-    backbone = seeded_backbone(config, device)
-    if config.init:
-        log(load_backbone(Path(config.init), backbone, partial=config.init_partial))
+    torch.set_rng_state(random)  # the head's weights depend on the seed and the backbone alone
     # The oracle is the only part of training that is given labels.
     oracle = build_oracle(config, data.train.labels()) if uses_oracle(config) else None
     objective = build_objective(
@@ -96,7 +108,6 @@ def _train(
         probe = OnlineKNN(folder / "probes.jsonl", config, data.train, data.test, ranks)
     if ranks.is_main:  # nothing is written before everything above has been checked
         run_dir.create(folder, config)
-        locks.enter_context(run_dir.locked(folder))
     log(f"{'resuming' if resumed else 'run'} {folder}")
     images_per_batch = per_rank.batch_size * ranks.world
     batches = f"{len(data.pipeline)} batches of {images_per_batch} x {config.views}"
@@ -116,6 +127,8 @@ def _train(
         probe=probe,
         views_of=(lambda epoch: build_views(ramp(config, epoch))) if config.ramp_epochs else None,
     )
+    if trained.steps < config.ramp_epochs * len(data.pipeline):
+        log("warning: the run ended inside --ramp-epochs, before any epoch with the full views")
     if ranks.is_main and oracle:
         run_dir.write_text(folder / "oracle.json", json.dumps(oracle.log()))
     if ranks.is_main:
@@ -123,6 +136,43 @@ def _train(
         plot_curves(read_metrics(folder / "metrics.jsonl"), folder.name, folder / "curves.png")
     ranks.barrier()  # all ranks read the backbone for the evaluation
     return _Run(data, trained, load_s, device, ranks.world)
+
+
+def _claim(config: Config, folder: Path, log: Callable[[str], None], locks: ExitStack) -> bool:
+    """Lock the folder of a run and check what it contains; whether the run is resumed."""
+    run_dir.is_resumed(folder, config)  # before the lock, which needs a folder that can be written
+    locks.enter_context(locked(folder))
+    if orphans := orphaned_workers():
+        numbers = " ".join(map(str, orphans))
+        log(f"warning: workers of a torchrun that was killed still run; `kill {numbers}` ends them")
+    if not run_dir.is_resumed(folder, config):
+        return False
+    for line in run_dir.changes(run_dir.read_config(folder), config):
+        log(line)
+    return True
+
+
+def _check_data(config: Config) -> None:
+    """ValueError where the views, the labels or the test part would fail a run later. Nothing is
+    decoded."""
+    require_full_views(config)
+    for epoch in (0, config.ramp_epochs):
+        build_views(ramp(config, epoch))
+    train = load_labels(config.data, "train", config.holdout)
+    test = load_labels(config.data, "test", config.holdout)
+    if uses_oracle(config):
+        build_oracle(config, None if train is None else torch.from_numpy(train))
+    if config.probe_epochs and (train is None or test is None):
+        raise ValueError(f"--probe-epochs needs labels, and {config.data} has none; drop it")
+    if not is_encoded(config.data):
+        load_array(config.data, "test", config.holdout)
+        return
+    open_files(config.data, "test", config.holdout)
+    count = len(open_files(config.data, "train", config.holdout))
+    if config.batch_size > count:
+        raise ValueError(
+            f"--batch-size {config.batch_size} is larger than the data set of {count} images"
+        )
 
 
 def _summary(
@@ -151,7 +201,7 @@ def _summary(
         "train_s": round(run.trained.train_s, 2),
         "evaluate_s": round(time.perf_counter() - begin, 2),
         "steps": run.trained.steps,
-        "views_per_s": round(run.trained.views_per_s * run.world, 1),
+        "views_per_s": round(_views_per_s(run.trained, folder) * run.world, 1),
         "images": run.data.train.total - len(skipped[0]),
         "unreadable": unreadable,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
@@ -161,6 +211,14 @@ def _summary(
     }
     run_dir.write_text(folder / "summary.json", json.dumps(summary, indent=2))
     return summary
+
+
+def _views_per_s(trained: Trained, folder: Path) -> float:
+    """Of this session; of the last report where the run had ended before it."""
+    if trained.views_per_s:
+        return trained.views_per_s
+    reports = read_metrics(folder / "metrics.jsonl")
+    return reports[-1]["views_per_s"] if reports else 0.0
 
 
 def _discard(line: str) -> None:

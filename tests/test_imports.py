@@ -33,7 +33,7 @@ ALLOWED = {
             "timm",
             "torchvision",
         ),
-        *("safetensors", "sklearn", "tyro", "rich", "matplotlib", "PIL"),
+        *("safetensors", "sklearn", "tyro", "rich", "matplotlib", "PIL", "filelock"),
     },
 }
 # The layers of fastssl: a file or folder imports from those earlier in this list alone.
