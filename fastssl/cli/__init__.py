@@ -1,6 +1,7 @@
 """The `fastssl` command: dispatch and exit codes. A user error prints one line and exits with code
 2."""
 
+import io
 import sys
 import warnings
 from collections.abc import Iterator
@@ -8,7 +9,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from fastssl.cli import catalog_commands, dataset_commands, run_commands
+from fastssl.cli.errors import one_line
 from fastssl.cli.parsing import UsageError
+from fastssl.runtime.environment import provide_user
 from fastssl.runtime.signals import Interrupted, stop_signals
 
 USAGE = """usage: fastssl COMMAND ...
@@ -59,6 +62,10 @@ def run(arguments: list[str]) -> int:
         print(USAGE, end="")
         return 0 if arguments else 2
     name = arguments[0]
+    for stream in (sys.stdout, sys.stderr):  # one that lacks a character shows "?" for it
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    provide_user()
     try:
         if name not in COMMANDS:
             raise UsageError(f"unknown command {name!r}; there are {', '.join(COMMANDS)}")
@@ -67,8 +74,10 @@ def run(arguments: list[str]) -> int:
     except Interrupted as stop:
         print(f"fastssl: {stop}{RESUMED.get(name, '')}", file=sys.stderr)
         return stop.exit_code
-    except (ValueError, ArithmeticError, OSError) as error:
-        print(f"fastssl: {' '.join(str(error).split())}", file=sys.stderr)
+    except Exception as error:
+        if (line := one_line(error)) is None:
+            raise
+        print(f"fastssl: {line}", file=sys.stderr)
         return 2
     return 0
 

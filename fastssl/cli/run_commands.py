@@ -19,7 +19,7 @@ def train(arguments: list[str]) -> None:
     from fastssl.pretrain import pretrain  # imports torch: only for a valid command line
     from fastssl.runtime import run_dir
 
-    console = Console()
+    console = _console()
 
     def log(line: str) -> None:
         console.print(line, highlight=False, markup=False)
@@ -62,7 +62,7 @@ def evaluate(arguments: list[str]) -> None:
     )
     parser.add_argument("--views", type=int, help="views to average; default: the protocol's")
     options = parser.parse_args(arguments)
-    console = Console()
+    console = _console()
     if not (options.protocol or options.probe or options.views):
         table, rank = evaluate_run(options.run)
         _print_accuracy(console, {row: _plain(cells) for row, cells in table.items()}, rank)
@@ -81,7 +81,7 @@ def rank(arguments: list[str]) -> None:
     table = RichTable("", *CRITERIA.values(), title=f"spectrum of {options.run}")
     for layer, criteria in quality.items():
         table.add_row(layer, *(f"{criteria[name]:.2f}" for name in CRITERIA))
-    Console().print(table)
+    _console().print(table)
 
 
 def select(arguments: list[str]) -> None:
@@ -105,7 +105,7 @@ def select(arguments: list[str]) -> None:
             cells = (f"{criteria[name]:.2f}  #{order[name][i]}" for name in CRITERIA)
             table.add_row(str(folder), *cells)
         if rows:
-            Console().print(table)
+            _console().print(table)
 
 
 CRITERIA = {
@@ -136,6 +136,11 @@ def _quality_options(options: argparse.Namespace) -> dict[str, int]:
     return {name: getattr(options, name) for name in ("samples", "images", "views")}
 
 
+def _console() -> Console:
+    """A console that shows paths as they are, [brackets] and :colons: included."""
+    return Console(markup=False, emoji=False)
+
+
 def _plain(cells: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     return {name: asdict(accuracy) for name, accuracy in cells.items()}
 
@@ -154,7 +159,8 @@ def _print_accuracy(
     for name in next(iter(accuracy.values())):
         probe, labels = name.rsplit("_", 1)
         cells = [row[name] for row in accuracy.values()]
-        spread = [f" ±{c['std']:.3f}" if labels != "all" else "" for c in cells]
+        sign = "+-" if console.options.ascii_only else "±"
+        spread = [f" {sign}{c['std']:.3f}" if labels != "all" else "" for c in cells]
         values = [f"{c['mean']:.3f}{s}" for c, s in zip(cells, spread, strict=True)]
         table.add_row(probe, labels, *values)
     console.print(table)
