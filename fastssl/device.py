@@ -44,5 +44,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     that only its text tells from others."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
+    # CPU, GPU, and libraries on the GPU
     signs = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
+def out_of_memory_reason(error: BaseException) -> str:
+    """What such an error says, as a part of a sentence."""
+    text = " ".join(str(error).split())
+    return (text.partition("DefaultCPUAllocator: ")[2] or text).split(". ")[0]

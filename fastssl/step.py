@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from fastssl.config import Config
-from fastssl.device import is_out_of_memory
+from fastssl.device import is_out_of_memory, out_of_memory_reason
 from fastssl.distributed import Ranks
 from fastssl.objectives.base import Objective
 from fastssl_pipelines import Batch, Pipeline
@@ -125,7 +125,7 @@ class Step:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            reason = " ".join(str(error).split(". ")[0].split())[:200]
+            reason = out_of_memory_reason(error)
         # The error is gone here, and with its traceback the activations that it held.
         raise MemoryError(
             f"out of memory in a training step ({reason}); {self._fits(views, index)}"

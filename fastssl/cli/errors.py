@@ -29,11 +29,11 @@ def _message(error: Exception) -> str | None:
 
 def _memory_message(error: MemoryError | RuntimeError) -> str | None:
     """Of `Step` as it is; of anything else with what uses less."""
-    from fastssl.device import is_out_of_memory  # imports torch: only after such an error
+    from fastssl.device import is_out_of_memory, out_of_memory_reason  # imports torch
 
     if not is_out_of_memory(error):
         return None
-    message = str(error).split(". ")[0]
-    if message.startswith("out of memory in"):
+    if str(error).startswith("out of memory in"):
         return str(error)
-    return f"out of memory ({message}); lower --batch-size, --views, --image-size or --load-size"
+    reason = out_of_memory_reason(error)
+    return f"out of memory ({reason}); lower --batch-size, --views, --image-size or --load-size"

@@ -33,15 +33,10 @@ class _HashingFile:
     def __init__(self, file: BinaryIO):
         self._file = file
         self.hash = hashlib.sha256()
-        self.failure: OSError | None = None
 
     def write(self, data: bytes) -> int:
         self.hash.update(data)
-        try:
-            return self._file.write(data)
-        except OSError as error:
-            self.failure = error
-            raise
+        return self._file.write(data)
 
     def flush(self) -> None:
         self._file.flush()
@@ -72,8 +67,8 @@ def _write(path: Path, state: dict[str, Any]) -> str:
         hashing = _HashingFile(file)
         try:
             torch.save(state, hashing)  # type: ignore[arg-type]
-        except RuntimeError as error:  # of torch's writer, for any error of the file's
-            raise hashing.failure or error from None
+        except RuntimeError as error:  # torch's writer raises one while it handles the file's
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
         file.flush()
         os.fsync(file.fileno())
     return hashing.hash.hexdigest()

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -69,7 +70,12 @@ def test_brackets_in_paths_and_a_terminal_of_ascii(tmp_path: Path) -> None:
     code = "from fastssl.cli import main; main()"
     path = {"PYTHONPATH": ":".join(sys.path)}
     env = {**os.environ, **path, "LANG": "C", "PYTHONIOENCODING": "ascii", "COLUMNS": "400"}
-    command = [sys.executable, "-c", code, "train", "digits-diet", "--run", str(folder), *TINY]
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
+    data = ["--data", str(tmp_path / "tiny.npz"), "--batch-size", "16"]
+    labels = np.arange(40) % 2
+    np.savez(data[1], x_train=images, y_train=labels, x_test=images, y_test=labels)
+    flags = ["--run", str(folder), *data, *TINY]
+    command = [sys.executable, "-c", code, "train", "digits-diet", *flags]
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     assert f"results in {tmp_path}/a[/b]:smile:?" in done.stdout and " +-0.0" in done.stdout
