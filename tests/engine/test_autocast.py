@@ -16,9 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastssl.config import Config
+from fastssl.knobs import OracleKnobs, ProjectorKnobs
 from fastssl.objectives import METHODS, build_objective, configured
-from fastssl.objectives.base import Objective, ProjectorKnobs
-from fastssl.objectives.oracles import LabelOracle, OracleKnobs
+from fastssl.objectives.base import Objective
+from fastssl.objectives.oracles import LabelOracle
 from tests.helpers.numerics import relative_error
 
 LOW = [torch.bfloat16, torch.float16]
