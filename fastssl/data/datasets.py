@@ -16,9 +16,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from fastssl_pipelines.sources.beton import Beton, beton_labels
+from fastssl_pipelines.sources.beton import Beton
 from fastssl_pipelines.sources.convert import convert
-from fastssl_pipelines.sources.image_files import Encoded, find_images, open_encoded
+from fastssl_pipelines.sources.image_files import Encoded, open_encoded
+from fastssl_pipelines.sources.scan import scan
 from fastssl_pipelines.sources.unreadable import OnCorrupt
 
 Part = Literal["train", "test"]
@@ -237,7 +238,7 @@ def _folder_files(path: Path, part: Part) -> tuple[list[Path], bool]:
     root = path
     if has_parts:
         root = path / "train" if part == "train" or test is None else test
-    return find_images(root), has_parts
+    return scan(root).images, has_parts
 
 
 def _folder_labels(path: Path, part: Part, holdout: float) -> Labels | None:
@@ -258,8 +259,8 @@ def _folder_labels(path: Path, part: Part, holdout: float) -> Labels | None:
 
 
 def _beton_labels(path: Path, part: Part, holdout: float) -> Labels | None:
-    labels = beton_labels(path)
-    return None if labels is None else _held_out(labels, part, holdout)
+    labels = Beton(path).classes
+    return None if not labels[0] else _held_out(np.array(labels, np.int64), part, holdout)
 
 
 def _class_names(path: Path, files: Sequence[Path], has_parts: bool) -> list[str]:

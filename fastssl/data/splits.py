@@ -24,15 +24,11 @@ from fastssl.data.datasets import (
 )
 from fastssl_pipelines.memory import require_memory
 from fastssl_pipelines.prefetch import prefetch
-from fastssl_pipelines.sources.image_files import (
-    Encoded,
-    UnreadableError,
-    center_square,
-    decode,
-)
-from fastssl_pipelines.sources.unreadable import UnreadableImages
+from fastssl_pipelines.sources.decoding import Decoded, Decoding, center_square, decode_checked
+from fastssl_pipelines.sources.image_files import Encoded
+from fastssl_pipelines.sources.unreadable import UnreadableError, UnreadableImages
 
-Decoded = Images | UnreadableError
+Outcome = Decoded | UnreadableError
 
 
 class Split(ABC):
@@ -118,7 +114,7 @@ class FileSplit(Split):
         threads = os.cpu_count() or 1
         with ThreadPoolExecutor(threads) as pool:  # Pillow decodes without the GIL
 
-            def start(number: int) -> Future[Decoded]:
+            def start(number: int) -> Future[Outcome]:
                 return pool.submit(self._decode, number)
 
             numbers = [number for chunk in chunks for number in chunk.tolist()]
@@ -126,14 +122,16 @@ class FileSplit(Split):
             for chunk in chunks:
                 yield self._readable(chunk, decoded)
 
-    def _decode(self, number: int) -> Decoded:
+    def _decode(self, number: int) -> Outcome:
         try:
-            pixels = decode(self.files.read(number), oriented=self._config.oriented)
+            pixels, damage = decode_checked(
+                self.files.read(number), Decoding(self._config.oriented)
+            )
         except UnreadableError as error:
             return error
-        return center_square(pixels, self._config.load_size)
+        return Decoded(center_square(pixels, self._config.load_size), damage)
 
-    def _readable(self, chunk: Tensor, decoded: Iterator[Decoded]) -> tuple[Tensor, Images]:
+    def _readable(self, chunk: Tensor, decoded: Iterator[Outcome]) -> tuple[Tensor, Images]:
         """The images of one chunk, from the next results of `decoded`."""
         size = self._config.load_size
         pixels = np.empty((len(chunk), size, size, 3), np.uint8)
@@ -142,8 +140,8 @@ class FileSplit(Split):
             result = next(decoded)
             if isinstance(result, UnreadableError):
                 self._unreadable.add(self.files.names[number], str(result))
-            else:
-                pixels[len(numbers)] = result
+            elif self._unreadable.keeps(self.files.names[number], result.damage):
+                pixels[len(numbers)] = result.pixels
                 numbers.append(number)
         return torch.tensor(numbers, dtype=torch.int64), pixels[: len(numbers)]
 
