@@ -78,5 +78,6 @@ def views(arguments: list[str]) -> None:
     step = max(1, len(split) // SHEET_ROWS)
     chosen = torch.arange(0, len(split), step)[:SHEET_ROWS]
     images = [image for _, batch in split.batches([chosen]) for image in batch]
-    plot_contact_sheet(images, build_views(config)[:SHEET_VIEWS], config.seed, out)
+    shown = build_views(config)[:SHEET_VIEWS]
+    plot_contact_sheet(images, shown, config.seed, out, config.policy)
     Console().print(f"{out}: {len(images)} images and their views", highlight=False)

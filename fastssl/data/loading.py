@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import prod
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ def open_data(
     batches in flight.
     """
     views = build_views(config)
-    needed = sum(4 * config.batch_size * 3 * view.size**2 for view in views)  # float32
+    needed = sum(4 * config.batch_size * 3 * prod(view.shape) for view in views)  # float32
     what = f"one batch of {config.batch_size} x {len(views)} views of {config.image_size} px"
     require_memory(needed, what, "lower --image-size, --batch-size or --views", device)
     engine = _engine(config, device, log)

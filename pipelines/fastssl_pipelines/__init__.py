@@ -17,7 +17,7 @@ from fastssl_pipelines.engines.dali import DaliPipeline
 from fastssl_pipelines.engines.ffcv import FfcvPipeline
 from fastssl_pipelines.engines.resident import ResidentPipeline
 from fastssl_pipelines.sources.beton import Beton
-from fastssl_pipelines.sources.image_files import Encoded
+from fastssl_pipelines.sources.image_files import is_encoded
 from fastssl_pipelines.spec import Batch, Pipeline, View
 
 __all__ = ["Batch", "Pipeline", "View", "choose_engine", "open_pipeline", "policies"]
@@ -36,18 +36,21 @@ def open_pipeline(
     shard: tuple[int, int] = (0, 1),
     quality: Quality = "exact",
     keep_params: bool = False,
+    drop_last: bool = True,
     **options: Any,
 ) -> Pipeline:
     """A pipeline over `source` that renders `views` on `device`, in batches of `batch_size` per
     rank.
 
     engine: "resident" holds all images in memory: source is uint8 RGB, an array or tensor (M, H, W,
-    3) or a sequence of (H, W, 3) of any sizes. "dali" decodes a folder of images, .tar shards, a
-    list of either, or a list of bytes; "ffcv" a .beton file. "auto" takes `choose_engine`'s choice
-    and logs it. shard: (rank, world). quality: "exact" is torchvision's semantics, "affine" one
-    colour matrix per view. keep_params: yield the sampled parameters in `Batch.params`, V `Params`.
-    options: of the engine, see `DaliPipeline`, `FfcvPipeline` and `StreamingPipeline`. ValueError
-    is raised before the first batch.
+    3), a sequence of (H, W, 3) or of PIL images of any sizes, or what "dali" reads, decoded once.
+    "dali" decodes a folder of images, .tar shards, a list of either, or a list of bytes; "ffcv" a
+    .beton file. "auto" takes `choose_engine`'s choice and logs it. shard: (rank, world). quality:
+    "exact" is torchvision's semantics, "affine" one colour matrix per view. keep_params: yield the
+    sampled parameters in `Batch.params`, V `Params`. drop_last: False yields the images after the
+    last full batch as a shorter one. options: of the engine, see `ResidentPipeline`,
+    `DaliPipeline`, `FfcvPipeline` and `StreamingPipeline`. ValueError is raised before the first
+    batch.
     """
     if engine == "auto":
         engine, why = choose_engine(source, device)
@@ -62,6 +65,7 @@ def open_pipeline(
         shard=shard,
         quality=quality,
         keep_params=keep_params,
+        drop_last=drop_last,
     )
     return ENGINES[engine](source, settings, **options)
 
@@ -71,10 +75,12 @@ def choose_engine(source: Any, device: torch.device | str) -> tuple[str, str]:
 
     ValueError where that engine is not installed, with the command that installs it.
     """
-    if not _is_encoded(source):
+    if not is_encoded(source):
         return "resident", "the images are in memory already"
-    named = isinstance(source, str | os.PathLike) and Path(source).suffix == ".beton"
-    if named or isinstance(source, Beton):
+    suffix = Path(source).suffix if isinstance(source, str | os.PathLike) else ""
+    if suffix == ".npy":
+        return "resident", "the source is one array"
+    if suffix == ".beton" or isinstance(source, Beton):
         engine, why = "ffcv", "the source is a .beton file"
     else:
         on = "GPU" if torch.device(device).type == "cuda" else "CPU"
@@ -89,9 +95,3 @@ def _is_installed(library: str) -> bool:
         return find_spec(library) is not None
     except ModuleNotFoundError:  # the package around it is missing
         return False
-
-
-def _is_encoded(source: Any) -> bool:
-    """Whether `source` names files or holds encoded bytes, rather than pixels."""
-    first = source[0] if isinstance(source, list | tuple) and source else source
-    return isinstance(first, str | os.PathLike | bytes | Encoded)

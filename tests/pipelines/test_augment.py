@@ -34,6 +34,8 @@ EVERYTHING = View(
     erase=0.3,
     **PLAIN,
 )
+TURNED = replace(EVERYTHING, vertical_flip=0.5, rotate=0.7, rotate_degrees=(-180.0, 90.0))
+EQUALIZED = replace(TURNED, equalize=0.5)
 BACK_ENDS = {"reference": reference, "cuda": cuda}
 if find_spec("numba"):
     BACK_ENDS["cpu"] = import_module("fastssl_pipelines.augment.cpu")
@@ -78,11 +80,14 @@ def show(
 def torchvision_view(image: Tensor, row: Params, view: View) -> Tensor:
     """One sample by torchvision's float functionals with the given parameters. -> (3, S, S)"""
     p = {name: float(row[name]) for name in sample_params.COLUMNS}
-    x = image.permute(2, 0, 1).float() / 255
     box = (int(p[k]) for k in ("top", "left", "height", "width"))
+    crop = tv.crop(image.permute(2, 0, 1), *box)
+    x = (tv.equalize(crop) if p["equalize"] else crop).float() / 255
     mode = v2.InterpolationMode(view.interpolation)
-    x = tv.resized_crop(x, *box, [view.size, view.size], mode, antialias=True).clamp(0, 1)
+    x = tv.resize(x, list(view.shape), mode, antialias=True).clamp(0, 1)
     x = tv.horizontal_flip(x) if p["flip"] else x
+    x = tv.vertical_flip(x) if p["vertical_flip"] else x
+    x = tv.rotate(x, p["angle"], v2.InterpolationMode.BILINEAR) if p["angle"] else x
     steps: list[Callable[[Tensor], Tensor]] = [
         lambda x: tv.adjust_brightness(x, p["brightness"]),
         lambda x: tv.adjust_contrast(x, p["contrast"]),
@@ -94,11 +99,12 @@ def torchvision_view(image: Tensor, row: Params, view: View) -> Tensor:
         x = steps[step](x) if step >= 0 else x
     x = tv.rgb_to_grayscale(x, 3) if p["gray"] else x
     if p["sigma"] > 0:
-        kernel = min(2 * int(np.ceil(6 * p["sigma"])) + 1, 2 * view.size - 1)
-        x = tv.gaussian_blur(x, [kernel, kernel], [p["sigma"], p["sigma"]])
+        wide = 2 * int(np.ceil(6 * p["sigma"])) + 1
+        kernel = [min(wide, 2 * side - 1) for side in view.shape[::-1]]  # (x, y)
+        x = tv.gaussian_blur(x, kernel, [p["sigma"], p["sigma"]])
     x = tv.solarize(x, p["solarize"]) if p["solarize"] <= 1 else x
     x = tv.normalize(x, list(view.mean), list(view.std))
-    top, left, height, width = (int(v) for v in row.table[0, -4:])
+    top, left, height, width = (int(p[f"erase_{k}"]) for k in ("top", "left", "height", "width"))
     return tv.erase(x, top, left, height, width, torch.zeros(3, 1, 1)) if height else x
 
 
@@ -118,6 +124,32 @@ def test_reference_is_torchvision_without_hue(photos, interpolation, size):
     table = table_of(images, view)
     off = (show(images, table, view) - by_torchvision(images, table, view)).abs()
     assert off.mean() <= 0.25 * LEVEL and off.max() <= LEVEL
+
+
+@pytest.mark.parametrize("size", [32, (40, 17), (9, 70)])
+def test_reference_is_torchvision_turned_equalized_and_not_square(photos, size):
+    view = replace(EQUALIZED, size=size, jitter=(0.4, 0.4, 0.4, 0.0), solarize=0.0, blur=0.3)
+    images = as_images(photos)
+    table = table_of(images, view)
+    used = table[0, :, [sample_params.VERTICAL_FLIP, sample_params.ANGLE, sample_params.EQUALIZE]]
+    assert (used != 0).any(0).all() and not (used != 0).all(0).any()
+    off = (show(images, table, view) - by_torchvision(images, table, view)).abs()
+    assert off.mean() <= 0.25 * LEVEL and off.max() <= LEVEL
+
+
+@pytest.mark.parametrize("angle", [90.0, -90.0, 180.0, 33.3])
+def test_rotation_alone_is_torchvisions(small, angle):
+    """Counter-clockwise; a quarter turn moves every pixel to another."""
+    view = View(size=32, scale=(1.0, 1.0), flip=0.0, **PLAIN)
+    table = table_of(small, view)
+    table[..., sample_params.ANGLE] = angle
+    for back_end in ("reference", *(["cpu"] if "cpu" in BACK_ENDS else [])):
+        shown = show(small, table, view, back_end)
+        off = (shown - by_torchvision(small, table, view)).abs()
+        assert off.max() <= 0.1 * LEVEL
+    if angle == 90:
+        table[..., sample_params.ANGLE] = 0.0
+        assert (shown - show(small, table, view).rot90(1, (2, 3))).abs().max() <= 0.1 * LEVEL
 
 
 def test_reference_is_torchvision_with_hue(small):
@@ -192,6 +224,8 @@ CONFIGS = {
     "64": {"size": 64},
     "1": {"size": 1},
     "bicubic 71": {"size": 71, "interpolation": "bicubic"},  # tiles, the last ones partly outside
+    "20 x 31": {"size": (20, 31)},
+    "34 x 9, channels last": {"size": (34, 9), "channels_last": True},
     "half 130": {"size": 130, "dtype": torch.float16, "channels_last": True},
 }
 
@@ -200,11 +234,31 @@ CONFIGS = {
 @pytest.mark.parametrize("back_end", FAST)
 @pytest.mark.parametrize("config", CONFIGS)
 def test_back_ends_are_the_reference(photos, small, config, back_end, quality):
-    view = replace(EVERYTHING, **CONFIGS[config])
-    if view.size > 64 or config == "16":
+    assert_is_the_reference(
+        photos, small, replace(EVERYTHING, **CONFIGS[config]), back_end, quality
+    )
+
+
+@pytest.mark.parametrize("back_end", FAST)
+@pytest.mark.parametrize(
+    "config", ["bicubic 28, channels last", "20 x 31", "34 x 9, channels last"]
+)
+@pytest.mark.parametrize("view", [TURNED, EQUALIZED], ids=["turned", "equalized"])
+def test_turned_and_equalized_views_are_the_reference(photos, small, config, back_end, view):
+    view = replace(view, **CONFIGS[config], solarize=0.0)
+    quality = "affine" if config == "20 x 31" else "exact"
+    small = small.select(torch.arange(4))
+    steps = [sample_params.VERTICAL_FLIP, sample_params.ANGLE]
+    steps += [sample_params.EQUALIZE] if view.equalize else []
+    assert table_of(small, view, seed=3)[0][:, steps].any(0).all()
+    assert_is_the_reference(photos, small, view, back_end, quality)
+
+
+def assert_is_the_reference(photos, small, view: View, back_end: str, quality: str) -> None:
+    if max(view.shape) > 64 or view.shape == (16, 16):
         images = as_images(photos[2:3] if back_end == "cuda" else photos)
     else:
-        images = small.select(torch.arange(8)) if back_end == "cuda" else small
+        images = small.select(torch.arange(min(8, small.count))) if back_end == "cuda" else small
     table = table_of(images, view, seed=3)
     truth, got = (show(images, table, view, b, quality) for b in ("reference", back_end))
     assert got.isfinite().all()
@@ -271,6 +325,10 @@ CHANGES = {
     "patch": 6,
     "interpolation": "bicubic",
     "flip": 1.0,
+    "vertical_flip": 1.0,
+    "rotate": 1.0,
+    "rotate_degrees": (40.0, 50.0),
+    "equalize": 1.0,
     "jitter": (0.1, 0.1, 0.1, 0.5),
     "jitter_p": 1.0,
     "gray": 1.0,
@@ -294,7 +352,8 @@ def test_every_back_end_supports_every_field(small, field, back_end):
     """A new field without a line in CHANGES fails here, as does a back end that ignores a field."""
     index = torch.arange(2, device=where_it_runs(back_end))
     few = small.to(where_it_runs(back_end)).select(index)
-    view = replace(EVERYTHING, size=20, solarize=1.0)
+    rotate = 1.0 if field == "rotate_degrees" else 0.0
+    view = replace(EVERYTHING, size=20, solarize=1.0, rotate=rotate)
     changed = replace(view, **{field: CHANGES[field]})
     engine = BACK_ENDS[back_end]
     before, after = (
@@ -365,7 +424,7 @@ def test_reference_stays_on_the_device_of_its_images(quality):
     with FakeTensorMode():
         images = torch.zeros(2, 20, 24, 3, dtype=torch.uint8, device="cuda")
         rows = torch.zeros(2, len(sample_params.COLUMNS), device="cuda")
-        out = reference._render(images, rows, EVERYTHING, quality)
+        out = reference._render(images, rows, EVERYTHING, quality, True, True)
     _constants.cache_clear()
     assert out.device.type == "cuda" and out.shape == (2, 3, 32, 32)
 
@@ -390,7 +449,8 @@ def test_three_compilers_sample_the_same_bits(back_end):
     sizes = torch.tensor(rng.integers(2, 3000, (300, 2)))
     layout = torch.cat([torch.zeros(300, 1, dtype=torch.int64), sizes], 1)
     stretched = replace(EVERYTHING, scale=(0.5, 1.0), ratio=(1.0, 3.0), size=96)
-    key = ((EVERYTHING, stretched, replace(EVERYTHING, patch=2)), 2**32 - 1, 12345)
+    oblong = replace(EQUALIZED, size=(30, 90), erase=1.0)
+    key = ((EVERYTHING, stretched, replace(EVERYTHING, patch=2), oblong), 2**32 - 1, 12345)
     device = where_it_runs(back_end)
     got = BACK_ENDS[back_end].draw(*key, index.to(device), layout.to(device), 4)
     assert torch.equal(got.cpu(), reference.draw(*key, index, layout, 4))
@@ -402,39 +462,61 @@ POINTERS = {
     "table_ptr": "*fp32",
     "color_ptr": "*fp32",
     "numbers_ptr": "*fp64",
+    "lut_ptr": "*u8",
+    "planes_ptr": "*fp32",
+    "turn_ptr": "*fp32",
     "out_ptr": "*bf16",
 }
 COLUMNS = len(sample_params.COLUMNS)
 
 
 def render_kernels(cc: int) -> list[Kernel]:
-    """Every tile configuration that `augment.cuda` launches."""
+    """Every tile configuration that `augment.cuda` launches, and the steps that views may have."""
+    counts, no_steps = {"N": "i32", "G": "i32"}, {"EQUALIZED": False, "ROTATED": False}
+    large = {"COLUMNS": COLUMNS, "B": cuda.TILE, "W": cuda.WINDOW, "HEIGHT": 224, "WIDTH": 224}
+    sides = [
+        (
+            large | {"B": side, "W": window, "HEIGHT": side, "WIDTH": side},
+            warps,
+            "_whole_kernel",
+            {},
+        )
+        for side, (window, warps) in cuda.WHOLE_TILES.items()
+    ]
+    sides.append((large, cuda.WARPS, "_tiled_kernel", {"bytes_ptr": "*u8"}))
+    blurred = {name: POINTERS[name] for name in ("table_ptr", "numbers_ptr", "out_ptr")}
+    blurred |= {"bytes_ptr": "*u8"}
     kernels = []
-    tile = {"COLUMNS": COLUMNS, "B": cuda.TILE, "W": cuda.WINDOW, "SIZE": 224, "LAST": True}
-    bytes_ = {"bytes_ptr": "*u8"}
-    counts = {"N": "i32", "G": "i32"}
+
+    def add(name: str, types: dict[str, str], constants: dict[str, object], warps: int) -> None:
+        kernels.append(Kernel(f"{MODULE}:{name}", types, constants, cc, warps, 1))
+
     for cubic in (False, True):
-        for affine in (False, True):
-            how = {"CUBIC": cubic, "AFFINE": affine}
-            for side, (window, warps) in cuda.WHOLE_TILES.items():
-                whole = tile | how | {"SIZE": side, "LAST": affine, "B": side, "W": window}
-                kernels.append(
-                    Kernel(f"{MODULE}:_whole_kernel", POINTERS | counts, whole, cc, warps, 1)
-                )
-            kernels.append(
-                Kernel(
-                    f"{MODULE}:_tiled_kernel",
-                    POINTERS | bytes_ | counts,
-                    tile | how,
-                    cc,
-                    cuda.WARPS,
-                    1,
-                )
-            )
-    unused = ("flat_ptr", "layout_ptr", "color_ptr")
-    blur = {name: t for name, t in POINTERS.items() if name not in unused} | bytes_
-    kernels.append(Kernel(f"{MODULE}:_blur_kernel", blur, tile, cc, cuda.WARPS, 1))
+        for tile, warps, name, more in sides:
+            how = tile | {"CUBIC": cubic}
+            for affine in (False, True):
+                add(name, POINTERS | more | counts, how | no_steps | _ways(affine), warps)
+            for steps in (
+                {"EQUALIZED": True, "ROTATED": False},
+                {"EQUALIZED": True, "ROTATED": True},
+            ):
+                add(name, POINTERS | more | counts, how | steps | _ways(False), warps)
+            unused = ("color_ptr", "numbers_ptr", "turn_ptr", "out_ptr")
+            types = {name: kind for name, kind in POINTERS.items() if name not in unused} | counts
+            add("_resample_kernel", types, how | {"EQUALIZED": True}, warps)
+    add("_blur_kernel", blurred, large | {"LAST": True}, cuda.WARPS)
     return kernels
+
+
+def _ways(affine: bool) -> dict[str, bool]:
+    return {"AFFINE": affine, "LAST": affine}
+
+
+def equalize_kernel(cc: int) -> Kernel:
+    names = ("flat_ptr", "layout_ptr", "table_ptr", "lut_ptr")
+    signature = {name: POINTERS[name] for name in names} | {"N": "i32"}
+    constants = {"COLUMNS": COLUMNS, "BLOCK": cuda.HISTOGRAM_BLOCK}
+    return Kernel(f"{MODULE}:_equalize_kernel", signature, constants, cc)
 
 
 def sample_kernel(cc: int) -> Kernel:
@@ -445,9 +527,12 @@ def sample_kernel(cc: int) -> Kernel:
     return Kernel(f"{MODULE}:_sample_kernel", signature, sizes, cc)
 
 
-def test_two_kernels_compile_for_hopper():
-    drawing, rendering = compile_offline([sample_kernel(90), render_kernels(90)[1]])
-    assert_ships(drawing, dot=False)
+def test_three_kernels_compile_for_hopper():
+    """Of those that render the one with all steps."""
+    kernels = [sample_kernel(90), equalize_kernel(90), render_kernels(90)[3]]
+    drawing, equalizing, rendering = compile_offline(kernels)
+    for resources in (drawing, equalizing):
+        assert_ships(resources, dot=False)
     assert_ships(rendering, dot=True)
 
 
@@ -456,6 +541,7 @@ def test_two_kernels_compile_for_hopper():
 def test_every_tile_configuration_compiles_without_spills(cc):
     for resources in compile_offline(render_kernels(cc)):
         print(resources)
-        assert_ships(resources, dot=True)
-    (drawing,) = compile_offline([sample_kernel(cc)])
-    assert_ships(drawing, dot=False)
+        only_reads = "_tiled" in resources.kernel.name and resources.kernel.constexprs["ROTATED"]
+        assert_ships(resources, dot=not only_reads)
+    for resources in compile_offline([sample_kernel(cc), equalize_kernel(cc)]):
+        assert_ships(resources, dot=False)

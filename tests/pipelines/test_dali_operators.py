@@ -114,6 +114,44 @@ def test_without_colour_the_pixels_are_fastssl_s(images: Images) -> None:
         assert (apart > 8).float().mean() < 0.005 and (ours - theirs).mean().abs() < 0.1
 
 
+def test_turned_and_oblong_views_are_fastssl_s(images: Images) -> None:
+    oblong = replace(PLAIN, size=(40, 70), vertical_flip=0.5)
+    turned = replace(oblong, rotate=0.7, rotate_degrees=(-90.0, 60.0))
+    for view, mean, far in ((oblong, 0.6, 0.005), (turned, 1.0, 0.02)):
+        ((ours, theirs),) = both(images, [view])
+        apart = (ours - theirs).abs()
+        assert ours.shape[2:] == view.shape
+        assert apart.mean() < mean and (apart > 8).float().mean() < far
+
+
+def by_opencv(pixels: Tensor) -> Tensor:
+    """(H, W, 3) with each channel equalized as cv2.equalizeHist does."""
+    equalized = torch.empty_like(pixels)
+    for c in range(3):
+        channel = pixels[..., c].long()
+        total = channel.flatten().bincount(minlength=256).cumsum(0)
+        lowest = total[channel.min()]
+        levels = (total - lowest).double() / (total[-1] - lowest).clamp(min=1) * 255
+        equalized[..., c] = levels.round().clamp(0, 255).to(torch.uint8)[channel]
+    return equalized
+
+
+def test_equalize_is_opencv_s(images: Images) -> None:
+    view = replace(PLAIN, equalize=0.5)
+    _, height, width = images.layout.unbind(1)
+    index = torch.arange(images.count)
+    drawn = draw(view, 0, 1, index, 0, height, width)
+    drawn = drawn.replace(top=0, left=0, height=height, width=width)
+    applies = (drawn["equalize"] > 0).tolist()
+    assert 0 < sum(applies) < len(applies)
+    pixels = [images.pixels(i) for i in index]
+    pixels = [by_opencv(p) if yes else p for p, yes in zip(pixels, applies, strict=True)]
+    expected = 255 * render(as_images(pixels), drawn.replace(equalize=0.0), PLAIN)
+    engine = DaliRender([view], "exact", batch_size=24, threads=1, device=torch.device("cpu"))
+    apart = (255 * engine.render(images, [drawn])[0] - expected).abs()
+    assert apart.mean() < 0.6 and (apart > 8).float().mean() < 0.005
+
+
 def test_blur_and_solarize_are_fastssl_s(images: Images) -> None:
     blurred, strongly, solarized = both(
         images,

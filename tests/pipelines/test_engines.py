@@ -80,6 +80,42 @@ def test_an_epoch_shows_each_image_once_and_drops_the_last_batch(opened: Open) -
     assert sorted(whole) == list(range(COUNT)) != whole
 
 
+def test_the_last_batch_may_be_short(opened: Open) -> None:
+    pipeline = opened(drop_last=False, keep_params=True)
+    batches = list(pipeline.epoch(0))
+    assert [len(batch.index) for batch in batches] == [7, 7, 7, 7, 2] and len(pipeline) == 5
+    assert sorted(i for batch in batches for i in batch.index.tolist()) == list(range(COUNT))
+    for view, look in zip(batches[-1].views, VIEWS, strict=True):
+        assert view.shape == (2, 3, *look.shape) and view.isfinite().all()
+    (rest,) = pipeline.epoch(0, skip=4)
+    assert torch.equal(rest.views[0], batches[-1].views[0])
+
+
+def test_a_pipeline_is_a_data_loader(opened: Open) -> None:
+    """`iter` and `len`, as trainers ask of one: an epoch each time, and the next one after it."""
+    pipeline = opened(views=(View(size=8),))
+    walks = [[batch.index.tolist() for batch in pipeline] for _ in range(2)]
+    assert walks == [indices(pipeline, epoch) for epoch in (0, 1)]
+    assert all(len(walk) == len(pipeline) for walk in walks)
+
+
+def test_every_field_reaches_every_engine(opened: Open, sources: dict[str, Any]) -> None:
+    view = View(size=(9, 30), vertical_flip=1.0, rotate=1.0, rotate_degrees=(20, 40), equalize=1.0)
+    batch = next(opened(views=(view,), keep_params=True, **_unscaled(opened)).epoch(1))
+    (params,) = batch.params
+    assert batch.views[0].shape == (BATCH, 3, 9, 30)
+    assert (params["vertical_flip"] == 1).all() and (params["angle"] >= 20).all()
+    pixels = [sources["resident"][i] for i in batch.index.tolist()]
+    images = as_images(pixels).to(batch.index.device)
+    truth = views_of(images, (view,), 3, 1, batch.index)[0][0]
+    nearly = opened.engine == "ffcv" or batch.index.is_cuda  # type: ignore[attr-defined]
+    assert (batch.views[0] - truth).abs().mean() <= (0.15 if nearly else 0)
+
+
+def _unscaled(opened: Open) -> dict[str, bool]:
+    return {} if opened.engine == "resident" else {"scaled": False}  # type: ignore[attr-defined]
+
+
 def test_batches_have_the_views_asked_for(opened: Open, device: str) -> None:
     half = View(size=9, dtype=torch.float16, channels_last=True)
     batch = next(opened(views=(*VIEWS, half)).epoch(0))
@@ -319,6 +355,7 @@ def test_mistakes(opened: Open, changes: dict[str, Any], message: str) -> None:
 def test_auto_chooses(sources: dict[str, Any]) -> None:
     assert choose_engine(sources["resident"], "cpu")[0] == "resident"
     assert choose_engine(sources["ffcv"], "cpu") == ("ffcv", "the source is a .beton file")
+    assert choose_engine("train.npy", "cpu") == ("resident", "the source is one array")
     engine, why = choose_engine(sources["dali"], "cpu")
     assert engine == "dali" and "DALI decodes on this CPU" in why
 

@@ -1,11 +1,13 @@
 """The guarantees of a pipeline, on the resident engine."""
 
 import gc
+import io
 import os
 import resource
 import subprocess
 import sys
 import threading
+from collections.abc import Iterable, Sized
 from itertools import islice
 from pathlib import Path
 
@@ -13,10 +15,12 @@ import numpy as np
 import pytest
 import torch
 from numpy.random import default_rng
+from PIL import Image, ImageOps
 
 import fastssl_pipelines
 from fastssl_pipelines import Batch, View, memory, open_pipeline, policies
 from fastssl_pipelines.augment import as_images, render
+from fastssl_pipelines.sources.decoding import decode
 
 stats = pytest.importorskip("scipy.stats")
 
@@ -98,6 +102,104 @@ def test_a_view_is_the_same_on_any_number_of_ranks(world):
             assert all(torch.equal(a, b) for a, b in zip(views, expected[i], strict=True))
 
 
+@pytest.mark.parametrize(
+    ("shard", "sizes"),
+    [
+        ((0, 1), [16, 16, 9]),
+        ((0, 2), [16, 5]),
+        ((1, 2), [16, 4]),
+    ],
+)
+def test_a_last_short_batch(shard, sizes):
+    """41 images: every one is seen, the last ranks may have one less."""
+    pipeline = resident(batch_size=16, shard=shard, drop_last=False)
+    batches = list(pipeline.epoch(0))
+    assert [len(batch.index) for batch in batches] == sizes and len(pipeline) == len(sizes)
+    assert all(view.shape[0] == n for n, b in zip(sizes, batches, strict=True) for view in b.views)
+    full = list(resident(batch_size=16, shard=shard).epoch(0))
+    for one, other in zip(batches, full, strict=False):
+        assert_same(one, other)
+    (rest,) = pipeline.epoch(0, skip=len(sizes) - 1)
+    assert_same(rest, batches[-1])
+
+
+def test_ranks_share_out_what_is_left():
+    ranks = [resident(batch_size=10, shard=(rank, 3), drop_last=False) for rank in range(3)]
+    seen = [torch.cat([b.index for b in rank.epoch(1)]) for rank in ranks]
+    assert torch.cat(seen).sort().values.tolist() == list(range(41))
+    few = [
+        resident(IMAGES[:7], batch_size=2, shard=(rank, 3), drop_last=False) for rank in range(3)
+    ]
+    assert [len(list(rank.epoch(0))) for rank in few] == [len(rank) for rank in few] == [2, 1, 1]
+    (only,) = resident(batch_size=100, drop_last=False).epoch(0)
+    assert len(only.index) == 41
+
+
+def test_iterating_walks_epoch_after_epoch():
+    pipeline = resident()
+    epochs = [[batch.index for batch in pipeline] for _ in range(3)]
+    assert pipeline.next_epoch == 3
+    for epoch, indices in enumerate(epochs):
+        assert len(indices) == len(pipeline)
+        assert torch.equal(torch.stack(indices), pipeline.order(epoch))
+    for _ in pipeline:  # left early: the next walk is another epoch
+        break
+    assert_same(next(iter(pipeline)), next(pipeline.epoch(4)))
+    iter(pipeline)  # never asked for a batch
+    assert pipeline.next_epoch == 5
+    pipeline.next_epoch = 1  # as when a run is resumed
+    assert_same(next(iter(pipeline)), next(pipeline.epoch(1)))
+    assert isinstance(pipeline, Iterable) and isinstance(pipeline, Sized)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """12 images in two folders, one of them gray, one of another size, and one that is none."""
+    root = tmp_path_factory.mktemp("folder")
+    for i, pixels in enumerate(IMAGES[:12]):
+        image = Image.fromarray(pixels)
+        image = image.convert("L") if i == 3 else image.resize((30, 26)) if i == 5 else image
+        (root / f"class{i % 2}").mkdir(exist_ok=True)
+        image.save(root / f"class{i % 2}" / f"{i:02}.png")
+    (root / "class0" / "bad.png").write_bytes(b"no image")
+    return root
+
+
+@pytest.mark.parametrize("load_size", [None, 16])
+def test_a_folder_is_held_in_memory(folder, load_size):
+    settings = {"views": (View(size=8),), "quota": 0.2}
+    pipeline = resident(folder, load_size=load_size, **settings)
+    assert list(pipeline.unreadable.reasons) == [str(folder / "class0" / "bad.png")]
+    files = [Path(name) for name in pipeline.names]
+    assert files == sorted(f for f in folder.rglob("*.png") if f.name != "bad.png")
+    pixels = [np.asarray(Image.open(file).convert("RGB")) for file in files]
+    if load_size:
+        side = (load_size, load_size)
+        pixels = [ImageOps.fit(Image.fromarray(p), side, Image.Resampling.BILINEAR) for p in pixels]
+    for one, other in zip(
+        pipeline.epoch(0), resident(pixels, views=settings["views"]).epoch(0), strict=True
+    ):
+        assert_same(one, other)
+
+
+def test_what_resident_reads_besides_folders(folder, tmp_path):
+    views = (View(size=8),)
+    np.save(tmp_path / "images.npy", IMAGES)
+    arrays = [resident(source, views=views) for source in (tmp_path / "images.npy", IMAGES)]
+    assert_same(*(next(pipeline.epoch(0)) for pipeline in arrays))
+    data = [file.read_bytes() for file in sorted(folder.glob("class1/*.png"))]
+    assert next(resident(data, views=views).epoch(0)).views[0].isfinite().all()
+    for source, options, words in (
+        (tmp_path / "none.npy", {}, "none.npy cannot be read"),
+        (tmp_path / "missing", {}, "does not exist"),
+        (folder, {"quota": 0.0}, "bad.png cannot be read as an image"),
+        (folder, {"on_corrupt": "stop"}, "bad.png cannot be read as an image"),
+        (folder, {"load_size": 1}, "load_size is 1"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            resident(source, views=views, **options)
+
+
 def test_class_sorted_data_mixes():
     labels = torch.arange(4000) // 400  # ten classes, one after the other
     pipeline = resident(np.zeros((4000, 2, 2, 3), np.uint8), views=(View(size=1),), batch_size=200)
@@ -114,6 +216,51 @@ def test_a_ragged_source_and_an_array_are_one():
     sizes = default_rng(1).integers(16, 60, (9, 2))
     ragged = [default_rng(2).integers(0, 256, (h, w, 3), dtype=np.uint8) for h, w in sizes]
     assert next(resident(ragged).epoch(0)).views[0].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "turned",
+    [
+        lambda a: a[:, ::-1],
+        lambda a: a[:, :, ::-1],
+        lambda a: a[..., ::-1],
+        lambda a: a[::-2],
+        lambda a: a[:, 1:9, 2:10],
+        lambda a: torch.from_numpy(a).flip(2),
+        lambda a: torch.from_numpy(a).permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1),
+    ],
+)
+def test_arrays_may_be_strided(turned):
+    """Flipped, in BGR, a part: the same as their copies, whole and in a list."""
+    source = turned(IMAGES)
+    copy = np.ascontiguousarray(source)
+    for images in (as_images(source), as_images(list(source))):
+        for i in (0, 3):
+            assert np.array_equal(images.pixels(i).numpy(), copy[i])
+
+
+def test_pil_images_of_any_mode():
+    """As files of them are read: gray repeated, alpha dropped, 16 bits shifted."""
+    rgb = Image.fromarray(IMAGES[0])
+    gray = np.asarray(rgb.convert("L"))
+    deep = Image.fromarray(gray.astype(np.uint16) * 257)
+    alpha = rgb.copy()
+    alpha.putalpha(Image.fromarray(gray))
+    small = rgb.resize((9, 7))
+    pictures = [rgb, rgb.convert("L"), alpha, deep, rgb.convert("P"), rgb.convert("1"), small]
+    images = as_images(pictures)
+    assert not images.same_size and images.count == len(pictures)
+    repeated = np.repeat(gray[..., None], 3, 2)
+    for i, expected in enumerate([IMAGES[0], repeated, IMAGES[0], repeated]):
+        assert np.array_equal(images.pixels(i).numpy(), expected)
+    for i in (4, 5, 6):
+        assert np.array_equal(images.pixels(i).numpy(), np.asarray(pictures[i].convert("RGB")))
+    assert as_images([*pictures[:2], IMAGES[1]]).same_size
+    files = [io.BytesIO() for _ in pictures[:4]]
+    for file, picture in zip(files, pictures, strict=False):
+        picture.save(file, "png")
+    read = [decode(np.frombuffer(file.getvalue(), np.uint8)) for file in files]
+    assert all(np.array_equal(a, images.pixels(i)) for i, a in enumerate(read))
 
 
 def test_read_only_arrays_are_not_copied():
@@ -178,6 +325,10 @@ BAD = [
     ({"source": np.zeros((5, 0, 8, 3), np.uint8)}, "at least 2 x 2"),
     ({"source": np.zeros((5, 1, 1, 3), np.uint8)}, "at least 2 x 2"),
     ({"source": []}, "without images"),
+    ({"source": Image.fromarray(RGB[0])}, "without images"),
+    ({"source": {1, 2}}, "set without images"),
+    ({"source": [RGB[0], object()]}, "source holds object"),
+    ({"source": ([RGB[0], None])}, "source holds NoneType"),
     ({"source": [RGB[0], RGB[0, :, :, 0]]}, r"source\[1\]"),
     ({"views": (View(size=8, patch=9),)}, "smallest image has side 8"),
     ({"views": ()}, "empty"),

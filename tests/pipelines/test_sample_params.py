@@ -10,6 +10,7 @@ from numpy.random import default_rng
 from torchvision.transforms import v2
 
 from fastssl_pipelines.augment import Params, draw
+from fastssl_pipelines.augment.sample_params import COLUMNS
 from fastssl_pipelines.spec import View
 
 stats = pytest.importorskip("scipy.stats")
@@ -153,6 +154,41 @@ def test_probabilities(params, applies, p):
     assert stats.binomtest(hits, MANY, p).pvalue > 1e-4
 
 
+def test_turns_and_equalization_are_drawn_apart(params):
+    """With probabilities and angles of their own, and without moving what was drawn before."""
+    view = replace(ALL, vertical_flip=0.3, rotate=0.6, rotate_degrees=(-20.0, 50.0), equalize=0.1)
+    turned = drawn(view, 48, 64)
+    for column, p in (("vertical_flip", 0.3), ("angle", 0.6), ("equalize", 0.1)):
+        assert stats.binomtest(int((turned[column] != 0).sum()), MANY, p).pvalue > 1e-4
+        assert not params[column].any()
+    angles = turned["angle"][turned["angle"] != 0].numpy()
+    assert stats.kstest(angles, stats.uniform(-20, 70).cdf).pvalue > 1e-4
+    drawn_before = COLUMNS.index("vertical_flip")
+    assert torch.equal(turned.table[:, :drawn_before], params.table[:, :drawn_before])
+    r = np.corrcoef(
+        np.stack(
+            [turned[n].numpy() for n in ("flip", "vertical_flip", "angle", "equalize", "sigma")]
+        )
+    )
+    assert np.abs(r - np.eye(5)).max() < 5 / math.sqrt(MANY)
+
+
+EARLIER = [
+    [1.0, 3.0, 23.0, 22.0, 0.0, 0.0, 3.0, 1.0, 2.0, 1.3351227045059204, 0.7654544711112976,
+     0.8723701238632202, -0.06634536385536194, 1.0, 0.0, 2.0, 0.0, 0.0, 0.0, 0.0],
+    [2.0, 3.0, 29.0, 26.0, 1.0, 0.0, 1.0, 2.0, 3.0, 1.2602146863937378, 0.8558237552642822,
+     0.7192440629005432, 0.0942269042134285, 0.0, 1.1070555448532104, 0.5, 0.0, 0.0, 0.0, 0.0],
+]  # fmt: skip
+
+
+def test_views_of_earlier_versions_are_drawn_again():
+    """Seeds mean what they meant before views had vertical flips, rotations and equalization."""
+    table = draw(ALL, 1, 3, torch.tensor([12345, 12346]), 1, 32, 32).table
+    expected = torch.tensor(EARLIER)
+    assert torch.equal(table[:, : expected.shape[1]], expected)
+    assert not table[:, expected.shape[1] :].any()
+
+
 def test_all_24_orders_are_equally_likely(params):
     steps = torch.stack([params[f"step{i}"] for i in range(4)], 1).long()
     steps = steps[steps[:, 0] >= 0]
@@ -165,7 +201,7 @@ def test_all_24_orders_are_equally_likely(params):
 
 def test_erased_boxes():
     p = drawn(replace(ALL, size=9, erase=0.25), 32, 32)
-    ours = p.table[:, -4:].numpy()
+    ours = torch.stack([p[f"erase_{k}"] for k in ("top", "left", "height", "width")], 1).numpy()
     erased = ours[:, 2] > 0
     rng, side = default_rng(1), 9
     box, left_over = np.zeros((MANY, 4)), np.ones(MANY, bool)

@@ -8,6 +8,23 @@ from fastssl_pipelines.spec import View
 BAD = [
     {"size": 0},
     {"size": -3},
+    {"size": (8, 0)},
+    {"size": (8,)},
+    {"size": 8.5},
+    {"vertical_flip": 1.5},
+    {"rotate": -0.1},
+    {"rotate_degrees": (10.0, -10.0)},
+    {"rotate_degrees": (0.0, 400.0)},
+    {"equalize": float("nan")},
+    {"ratio": (0.01, 1.0)},
+    {"erase_ratio": (1.0, float("inf"))},
+    {"blur_sigma": (0.1, float("inf"))},
+    {"blur_sigma": (0.1, 1e7)},
+    {"jitter": (float("inf"), 0.0, 0.0, 0.0)},
+    {"jitter": (0.1, 0.1, 0.1)},
+    {"solarize_threshold": float("nan")},
+    {"mean": (0.5, float("nan"), 0.5)},
+    {"std": (1.0, float("inf"), 1.0)},
     {"patch": 0},
     {"flip": 1.1},
     {"jitter_p": -0.1},
@@ -41,3 +58,6 @@ def test_impossible_views_name_the_field(change):
 def test_views_are_values():
     assert View(size=32, blur=0.5) == View(size=32, blur=0.5)
     assert len({View(size=32), View(size=32), View(size=33)}) == 2
+    assert View(size=(32, 32)) == View(size=32) and View(size=32).shape == (32, 32)
+    oblong = View(size=[20, 30])  # type: ignore[arg-type]
+    assert oblong.shape == oblong.size == (20, 30) and hash(oblong)

@@ -1,7 +1,7 @@
 """Sampling the parameters of a view, and rendering it: two steps, so that parameters can be logged,
 replayed and learnt from.
 
-Shapes: N batch, C channels, S pixels per side, V views. Images are uint8 RGB of any sizes.
+Shapes: N batch, C channels, h and w pixels of a view, V views. Images are uint8 RGB of any sizes.
 """
 
 from collections.abc import Sequence
@@ -37,22 +37,28 @@ def draw(
     its device.
 
     They depend on the arguments alone, bit for bit the same on every device. seed, epoch: below
-    2^32.
+    2^32. ValueError where one of these, or the shape or dtype of `index`, is wrong.
     """
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed is {seed}: it must lie in [0, 2^32)")
+    for name, word in (("seed", seed), ("epoch", epoch)):
+        if not isinstance(word, Tensor) and not 0 <= word < 2**32:
+            raise ValueError(f"{name} is {word}: it must lie in [0, 2^32)")
     sizes = (torch.as_tensor(x, device=index.device).expand(len(index)) for x in (height, width))
     layout = torch.stack([torch.zeros_like(index), *sizes], dim=1)
     return Params(_back_end(index).draw((view,), seed, epoch, index, layout, view_number)[0])
 
 
 def render(images: Images, params: Params, view: View, quality: Quality = "exact") -> Tensor:
-    """Render `images` (N) with the parameters `params` (N). -> (N, 3, S, S), the view's dtype and
+    """Render `images` (N) with the parameters `params` (N). -> (N, 3, h, w), the view's dtype and
     layout
 
+    ValueError, before any memory is read, where a crop reaches beyond its image, an erased
+    rectangle beyond the view, or a number is none that a View draws; on a GPU this check waits for
+    the device, `views_of` needs none.
     quality: "exact" applies the colour steps as torchvision does; "affine" applies one matrix per
     view, with a linear hue and a fixed contrast centre (see `color_matrix.py`), which is cheaper.
     """
+    if quality not in ("exact", "affine"):
+        raise ValueError(f"quality is {quality!r}: choose 'exact' or 'affine'")
     return _back_end(images.flat).render(images, params.table[None], view, quality)[0]
 
 
@@ -75,14 +81,15 @@ def views_of(
     for _, run in groupby(views, key=_static_config):
         alike = list(run)
         rows = table[len(rendered) : len(rendered) + len(alike)]
-        rendered += back_end.render(images, rows, alike[0], quality).unbind(0)
+        rendered += back_end.render(images, rows, alike[0], quality, drawn=True).unbind(0)
     return rendered, tuple(Params(rows) for rows in table)
 
 
 def _static_config(view: View) -> tuple[object, ...]:
     """The fields of a view that a render call fixes for all samples; the others are sampled."""
     normalization = (view.mean, view.std)
-    return view.size, view.interpolation, normalization, view.dtype, view.channels_last
+    memory = (view.dtype, view.channels_last)
+    return view.size, view.interpolation, normalization, memory, view.rotate > 0, view.equalize > 0
 
 
 def _back_end(tensor: Tensor) -> ModuleType:

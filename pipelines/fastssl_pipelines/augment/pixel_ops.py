@@ -1,6 +1,6 @@
 """The pixel operations and the resampling weights: each formula once, for all back ends.
 
-As written this file is torch: `row` is a (N, columns) table and r, g, b are (N, S, S), fp32 in
+As written this file is torch: `row` is a (N, columns) table and r, g, b are (N, h, w), fp32 in
 [0, 1]. `retarget.py` compiles the same functions for numba (one pixel) and Triton (a tile), as it
 does `sample_params.py`. Numbers are named, because each compiler keeps only named ones in fp32.
 
@@ -24,6 +24,7 @@ from fastssl_pipelines.augment.sample_params import (
 RED, GREEN, BLUE = 0.2989, 0.587, 0.114  # luma, torchvision's
 ZERO, HALF, ONE, TWO, THREE, FOUR, SIX = 0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0
 ONE_AND_HALF, TWO_AND_HALF = 1.5, 2.5
+DEGREE = 0.017453292519943295  # in radians
 TINY = 1e-12  # below any difference of two pixels
 
 where = torch.where
@@ -133,3 +134,9 @@ def cubic(distance):
     near = (ONE_AND_HALF * x - TWO_AND_HALF) * x * x + ONE
     far = ((TWO_AND_HALF - HALF * x) * x - FOUR) * x + TWO
     return where(x < ONE, near, where(x < TWO, far, ZERO))
+
+
+def turn(y, x, cos, sin):
+    """Where the pixel at (y, x) of a view rotated counter-clockwise comes from, both relative to
+    the centre; the y axis points down."""
+    return y * cos + x * sin, x * cos - y * sin

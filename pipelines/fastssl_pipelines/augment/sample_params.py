@@ -31,10 +31,14 @@ COLUMNS = (
     "sigma",  # of the blur, px of the view; 0 is none
     "solarize",  # the threshold; 2 is none
     "erase_top", "erase_left", "erase_height", "erase_width",  # px of the view; height 0 is none
+    "vertical_flip",
+    "angle",  # of the rotation, degrees counter-clockwise; 0 is none
+    "equalize",
 )  # fmt: skip
 (
     TOP, LEFT, HEIGHT, WIDTH, FLIP, STEP0, STEP1, STEP2, STEP3, BRIGHTNESS, CONTRAST, SATURATION,
-    HUE, GRAY, SIGMA, SOLARIZE, ERASE_TOP, ERASE_LEFT, ERASE_HEIGHT, ERASE_WIDTH,
+    HUE, GRAY, SIGMA, SOLARIZE, ERASE_TOP, ERASE_LEFT, ERASE_HEIGHT, ERASE_WIDTH, VERTICAL_FLIP,
+    ANGLE, EQUALIZE,
 ) = range(len(COLUMNS))  # fmt: skip
 
 
@@ -62,11 +66,12 @@ class Params:
 
 
 # Positions in `view_numbers`. A range is two numbers, (low, high - low).
-SIDE, PATCHED, PATCH, RATIO_LOW, RATIO_HIGH = 0, 1, 2, 3, 4
+VIEW_HEIGHT, PATCHED, PATCH, RATIO_LOW, RATIO_HIGH = 0, 1, 2, 3, 4
 FLIP_P, JITTER_P, GRAY_P, BLUR_P, SOLARIZE_P, THRESHOLD, ERASE_P = 5, 6, 7, 8, 9, 10, 11
 AREA, LOG_RATIO, BRIGHTNESSES, CONTRASTS, SATURATIONS, HUES, SIGMAS = 12, 14, 16, 18, 20, 22, 24
 ERASE_AREA, ERASE_LOG_RATIO = 26, 28
 MEAN, STD = 30, 33
+VIEW_WIDTH, VERTICAL_FLIP_P, ROTATE_P, EQUALIZE_P, ANGLES = 36, 37, 38, 39, 40
 
 
 def view_numbers(view: View) -> tuple[float, ...]:
@@ -81,8 +86,10 @@ def view_numbers(view: View) -> tuple[float, ...]:
         view.erase_scale,
         (math.log(view.erase_ratio[0]), math.log(view.erase_ratio[1])),
     )
+    low, high = view.rotate_degrees
+    view_height, view_width = view.shape
     return (
-        float(view.size),
+        float(view_height),
         float(view.patch is not None),
         float(view.patch or 0),
         *view.ratio,
@@ -96,6 +103,12 @@ def view_numbers(view: View) -> tuple[float, ...]:
         *(number for low, high in ranges for number in (low, high - low)),
         *view.mean,
         *view.std,
+        float(view_width),
+        view.vertical_flip,
+        view.rotate,
+        view.equalize,
+        low,
+        high - low,
     )
 
 
@@ -202,22 +215,23 @@ def sample_crop(index, view, seed, epoch, height, width, numbers):
 def sample_erasing(index, view, seed, epoch, enabled, numbers):
     """(top, left, height, width), all 0 where erasing is not `enabled` or no rectangle fits; from
     Philox blocks 13 to 22."""
-    side = enabled * 0.0 + number(numbers, SIDE)
+    height = number(numbers, VIEW_HEIGHT)
+    width = number(numbers, VIEW_WIDTH)
     found = 1.0 - enabled
-    top = side * 0.0
-    left = side * 0.0
-    h = side * 0.0
-    w = side * 0.0
+    top = enabled * 0.0
+    left = enabled * 0.0
+    h = enabled * 0.0
+    w = enabled * 0.0
     for attempt in range(10):
         if any_true(found < 1.0):
             a, b, c, d = philox(index, view, view * 0 + (attempt + 13), seed, epoch)
-            area = side * side * uniform_in(a, numbers, ERASE_AREA)
+            area = height * width * uniform_in(a, numbers, ERASE_AREA)
             high, wide = sides(area, exponential(uniform_in(b, numbers, ERASE_LOG_RATIO)))
-            accept = indicator((wide < side) & (high < side)) * (1.0 - found)
+            accept = indicator((wide < width) & (high < height)) * (1.0 - found)
             h = h + accept * (high - h)
             w = w + accept * (wide - w)
-            top = top + accept * floor(uniform(c) * (side - high + 1.0))
-            left = left + accept * floor(uniform(d) * (side - wide + 1.0))
+            top = top + accept * floor(uniform(c) * (height - high + 1.0))
+            left = left + accept * floor(uniform(d) * (width - wide + 1.0))
             found = found + accept
     return top, left, h, w
 
@@ -273,3 +287,7 @@ def sample_view(row, index, view, seed, epoch, height, width, numbers):
     put(row, ERASE_LEFT, left)
     put(row, ERASE_HEIGHT, h)
     put(row, ERASE_WIDTH, w)
+    a, b, c, d = philox(index, view, view * 0 + 23, seed, epoch)
+    put(row, VERTICAL_FLIP, bernoulli(a, number(numbers, VERTICAL_FLIP_P)))
+    put(row, ANGLE, bernoulli(b, number(numbers, ROTATE_P)) * uniform_in(c, numbers, ANGLES))
+    put(row, EQUALIZE, bernoulli(d, number(numbers, EQUALIZE_P)))

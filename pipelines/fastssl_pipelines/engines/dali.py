@@ -147,7 +147,7 @@ class DaliPipeline(StreamingPipeline):
         return Batch(rendered, to_device(index, self.device), batch_params)
 
     def _decoded(
-        self, order: Tensor, epoch: int, views: Sequence[View]
+        self, order: list[Tensor], epoch: int, views: Sequence[View]
     ) -> Generator[tuple[Images, Tensor], None, None]:
         buffer, smallest = Buffer(self.device), smallest_side(views)
         readers = ThreadPoolExecutor(self.threads, thread_name_prefix="fastssl-read")

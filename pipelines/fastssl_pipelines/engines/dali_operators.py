@@ -9,11 +9,12 @@ which follows torchvision, as follows:
   after these two instead of after each step, and contrast keeps the mean luma of the view before
   it;
 - hue is a rotation in YIQ, not in HSV;
+- equalize takes OpenCV's formula, some levels from that of torchvision and Pillow;
 - values are rounded to bytes after each operator, and resize antialiases with DALI's filters.
 
-Crop, resize, flip, blur, solarize, normalise and erase are the same up to this rounding.
+Crop, resize, flips, rotate, blur, solarize, normalise and erase are the same up to this rounding.
 
-Shapes: N batch, C channels, S pixels per side, V views.
+Shapes: N batch, C channels, H and W pixels of a view, V views.
 """
 # mypy: disable-error-code="attr-defined,arg-type"
 # ^ DALI creates its operators and constants at import
@@ -26,17 +27,20 @@ import torch
 from torch import Tensor
 
 from fastssl_pipelines.augment import Images, Params, Quality, draw
+from fastssl_pipelines.augment.checks import require_fit
 from fastssl_pipelines.augment.reference import BLUR_REACH
 from fastssl_pipelines.spec import View
 
 APPROXIMATIONS = (
     "render='dali' approximates: hue is a rotation in YIQ, jitter is always brightness, contrast,"
     " saturation, hue, values are clamped after contrast and after hue only, and rounded to bytes"
-    " after each operator; render='fastssl' (the default) is torchvision's semantics"
+    " after each operator, equalize is OpenCV's; render='fastssl' (the default) is torchvision's"
+    " semantics"
 )
 SUPPORTED_FIELDS = frozenset(
-    "size scale ratio patch interpolation flip jitter jitter_p gray blur blur_sigma solarize"
-    " solarize_threshold erase erase_scale erase_ratio mean std dtype channels_last".split()
+    "size scale ratio patch interpolation flip vertical_flip rotate rotate_degrees jitter jitter_p"
+    " gray blur blur_sigma equalize solarize solarize_threshold erase erase_scale erase_ratio mean"
+    " std dtype channels_last".split()
 )
 JITTER_STEPS = ("step0", "step1", "step2", "step3")
 
@@ -114,16 +118,25 @@ class DaliRender:
         self, images: Images, seed: int, epoch: int, index: Tensor
     ) -> tuple[list[Tensor], tuple[Params, ...]]:
         """All views of `images` (N), whose positions in the data set are `index` (N,). -> V tensors
-        (N, C, S, S), V `Params`"""
+        (N, C, H, W), V `Params`"""
         index, sizes = index.cpu(), images.layout[:, 1:].cpu().unbind(1)
         params = tuple(
             _fixed_order(draw(view, seed, epoch, index, v, *sizes))
             for v, view in enumerate(self.views)
         )
-        return self.render(images, params), params
+        return self._run(images, params), params
 
     def render(self, images: Images, params: Sequence[Params]) -> list[Tensor]:
-        """Render `images` (N) with `params` (V, on the CPU). -> V (N, C, S, S)"""
+        """Render `images` (N) with `params` (V, on the CPU). -> V (N, C, H, W)
+
+        ValueError where they do not fit the images or the views.
+        """
+        layout = images.layout.cpu()
+        for view, drawn in zip(self.views, params, strict=True):
+            require_fit(layout, drawn.table[None], view)
+        return self._run(images, params)
+
+    def _run(self, images: Images, params: Sequence[Params]) -> list[Tensor]:
         cuda = self._device.type == "cuda"
         flat = images.flat if cuda else images.flat.numpy()  # DALI syncs with a GPU tensor's stream
         layout = images.layout.tolist()
@@ -142,7 +155,7 @@ class DaliRender:
         return views
 
     def _tensor(self, output: Any, view: View) -> Tensor:
-        """(N, C, S, S) in the view's dtype and memory format; on a GPU a copy in torch's memory."""
+        """(N, C, H, W) in the view's dtype and memory format; on a GPU a copy in torch's memory."""
         x = torch.from_dlpack(output.as_tensor())
         x = x.permute(0, 3, 1, 2) if view.channels_last else x
         return x.to(view.dtype, copy=self._device.type == "cuda")
@@ -164,12 +177,18 @@ class DaliRender:
         )
         cubic = view.interpolation == "bicubic"
         x = fn.slice(images, start=argument("start"), shape=argument("shape"), axes=[0, 1])
+        if view.equalize > 0:
+            x = x ^ ((x ^ fn.experimental.equalize(x)) * self._on_device(argument("equalize")))
         x = fn.resize(
             x,
-            size=[view.size, view.size],
+            size=list(view.shape),
             interp_type=types.INTERP_CUBIC if cubic else types.INTERP_LINEAR,
             antialias=True,
         )
+        if view.vertical_flip > 0:
+            x = fn.flip(x, horizontal=0, vertical=argument("vertical_flip"))
+        if view.rotate > 0:
+            x = fn.rotate(x, angle=argument("angle"), keep_size=True, fill_value=0)
         if contrast:
             gray = fn.color_space_conversion(x, image_type=types.RGB, output_type=types.GRAY)
             x = fn.brightness_contrast(
@@ -185,8 +204,7 @@ class DaliRender:
         if view.blur > 0:
             x = fn.gaussian_blur(x, sigma=argument("sigma"), window_size=argument("window"))
         if view.solarize > 0:
-            threshold = argument("threshold")
-            threshold = threshold.gpu() if self._device.type == "cuda" else threshold
+            threshold = self._on_device(argument("threshold"))
             x = x ^ ((x >= threshold) * types.Constant(255).uint8())  # 255 - x
         x = fn.crop_mirror_normalize(
             x,
@@ -198,6 +216,10 @@ class DaliRender:
         if view.erase > 0:
             x = fn.erase(x, anchor=argument("erase_start"), shape=argument("erase_shape"))
         return x
+
+    def _on_device(self, argument: Any) -> Any:
+        """An argument as an operand of the pixels."""
+        return argument.gpu() if self._device.type == "cuda" else argument
 
 
 def _fixed_order(params: Params) -> Params:
@@ -218,17 +240,22 @@ def _arguments(view: View, params: Params) -> dict[str, Tensor]:
         return torch.stack([params[first], params[second]], dim=1)
 
     sigma = params["sigma"]
-    radius = torch.ceil(BLUR_REACH * sigma).clamp(max=view.size - 1)
+    reach = torch.ceil(BLUR_REACH * sigma)[:, None]
+    radius = torch.minimum(reach, torch.tensor(view.shape) - 1)  # (N, 2)
     return {
         "start": pair("top", "left").int(),
         "shape": pair("height", "width").int(),
+        "equalize": params["equalize"].to(torch.uint8),
+        "vertical_flip": params["vertical_flip"].int(),
+        # the horizontal flip comes after the rotation here, and turns it round
+        "angle": torch.where(params["flip"] > 0, -params["angle"], params["angle"]),
         "flip": params["flip"].int(),
         "brightness": jitter("brightness", 1.0),
         "contrast": jitter("contrast", 1.0),
         "hue": 360 * jitter("hue", 0.0),  # degrees
         "saturation": torch.where(params["gray"] > 0, 0.0, jitter("saturation", 1.0)),
         "sigma": torch.where(sigma > 0, sigma, 1.0),
-        "window": (2 * radius + 1).int(),  # 1 where there is no blur: the pixel itself
+        "window": (2 * radius + 1).int(),  # (N, 2), 1 where there is no blur: the pixel itself
         "threshold": 255 * params["solarize"],  # above every byte where there is no solarizing
         "erase_start": pair("erase_top", "erase_left"),
         "erase_shape": pair("erase_height", "erase_width"),

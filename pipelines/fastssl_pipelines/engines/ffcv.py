@@ -86,7 +86,7 @@ class FfcvPipeline(StreamingPipeline):
         return shuffled[window[shuffled].argsort(stable=True)]
 
     def _decoded(
-        self, order: Tensor, epoch: int, views: Sequence[View]
+        self, order: list[Tensor], epoch: int, views: Sequence[View]
     ) -> Generator[tuple[Images, Tensor], None, None]:
         buffers = [Buffer(self.device), Buffer(self.device)]
 

@@ -1,18 +1,37 @@
 """The data set as uint8 in memory, on a GPU or a CPU; batches are rendered ahead.
 
-Shapes: N batch, M data set, C channels, S pixels per side, V views.
+Shapes: N batch, M data set, V views.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastssl_pipelines.augment import as_images
 from fastssl_pipelines.engines.base import EngineSettings, ShuffledEpochs
+from fastssl_pipelines.memory import require_memory
 from fastssl_pipelines.prefetch import prefetch
+from fastssl_pipelines.sources.decoding import (
+    Bytes,
+    Decoded,
+    Decoding,
+    center_square,
+    decode_checked,
+)
+from fastssl_pipelines.sources.image_files import Encoded, is_encoded, open_encoded
+from fastssl_pipelines.sources.unreadable import (
+    QUOTA,
+    OnCorrupt,
+    OnDamage,
+    UnreadableError,
+    UnreadableImages,
+)
 from fastssl_pipelines.spec import Batch, View
 
 PREFETCHED = 2  # batches rendered ahead
@@ -21,9 +40,43 @@ Render = Callable[[Tensor], Batch]
 
 
 class ResidentPipeline(ShuffledEpochs):
-    """A `Pipeline` over images held in memory; see `open_pipeline`."""
+    """A `Pipeline` over images held in memory; see `open_pipeline`.
 
-    def __init__(self, source: Any, settings: EngineSettings) -> None:
+    source: what `as_images` takes, a .npy of such an array, or what `open_encoded` takes: a folder
+    of images, .tar shards, files, or bytes. Files are decoded once, when the pipeline is opened;
+    `unreadable.reasons` names those that cannot be, and `names` the others, in the order of
+    `Batch.index`. Needs Pillow for files.
+
+    load_size: px; files become squares of this side (the shorter side resized to it, the centre
+    cropped); by default they keep their own sizes. threads: of the decoder, by default one per
+    core. oriented, depth, bands, max_pixels: see `Decoding`. on_corrupt, quota, on_damage: see
+    `UnreadableImages`. All of these are of files alone.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        settings: EngineSettings,
+        *,
+        load_size: int | None = None,
+        threads: int | None = None,
+        on_corrupt: OnCorrupt = "skip",
+        quota: float = QUOTA,
+        on_damage: OnDamage = "keep",
+        **decoding: Any,
+    ) -> None:
+        if load_size is not None and load_size < 2:
+            raise ValueError(f"load_size is {load_size}: give at least 2 px, or None")
+        self.names: Sequence[str] | None = None  # of the images, where they have been files
+        self.unreadable: UnreadableImages | None = None
+        if _is_npy(source):
+            source = _read_npy(Path(source))
+        elif is_encoded(source):
+            encoded = open_encoded(source)
+            total, how = len(encoded) + len(encoded.lost), Decoding(**decoding)
+            self.unreadable = UnreadableImages(total, on_corrupt, quota, on_damage, encoded.lost)
+            count = threads or os.cpu_count() or 1
+            source, self.names = _decoded(encoded, load_size, count, how, self.unreadable)
         images = as_images(source)
         super().__init__(images.count, settings)
         self._smallest_side = int(images.layout[:, 1:].min())
@@ -62,7 +115,7 @@ class ResidentPipeline(ShuffledEpochs):
                     f"View.patch is {view.patch} px: the smallest image has side {side}"
                 )
 
-    def _on_threads(self, order: Tensor, render: Render) -> Iterator[Batch]:
+    def _on_threads(self, order: list[Tensor], render: Render) -> Iterator[Batch]:
         """One thread per batch ahead: while one prepares its batch in Python, another renders.
 
         The threads end with the iterator, whether it is exhausted or dropped.
@@ -75,11 +128,12 @@ class ResidentPipeline(ShuffledEpochs):
         with ThreadPoolExecutor(count, thread_name_prefix="fastssl-ahead") as threads:
             yield from prefetch(order, start, lambda batch: batch.result(), PREFETCHED)
 
-    def _on_stream(self, order: Tensor, render: Render) -> Iterator[Batch]:
+    def _on_stream(self, order: list[Tensor], render: Render) -> Iterator[Batch]:
         """A side stream renders the next batch while the current stream uses this one."""
         side = self._side = self._side or torch.cuda.Stream(self.images.flat.device)
         side.wait_stream(torch.cuda.current_stream(side.device))  # `order` comes from there
-        order.record_stream(side)
+        for index in order:
+            index.record_stream(side)
 
         def start(index: Tensor) -> tuple[Batch, torch.cuda.Event]:
             with torch.cuda.stream(side):
@@ -95,3 +149,58 @@ def _synchronized(batch: Batch, rendered: torch.cuda.Event) -> Batch:
     for tensor in (*batch.views, batch.index, *(p.table for p in batch.params or ())):
         tensor.record_stream(stream)  # its memory must not be reused before this stream is done
     return batch
+
+
+def _is_npy(source: Any) -> bool:
+    return isinstance(source, str | os.PathLike) and Path(source).suffix == ".npy"
+
+
+def _read_npy(path: Path) -> Any:
+    """The array of a .npy, which `fastssl convert` writes. ValueError where it cannot be read."""
+    try:
+        return np.load(path.expanduser(), allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as an array: {error}") from None
+
+
+def _decoded(
+    encoded: Encoded,
+    load_size: int | None,
+    threads: int,
+    how: Decoding,
+    unreadable: UnreadableImages,
+) -> tuple[list[Bytes], list[str]]:
+    """The readable images of `encoded`, and their names."""
+
+    def load(i: int) -> Decoded | UnreadableError:
+        try:
+            pixels, damage = decode_checked(encoded.read(i), how)
+        except UnreadableError as error:
+            return error
+        return Decoded(pixels if load_size is None else center_square(pixels, load_size), damage)
+
+    images: list[Bytes] = []
+    names: list[str] = []
+    with ThreadPoolExecutor(threads, thread_name_prefix="fastssl-load") as pool:
+        loaded = prefetch(range(len(encoded)), lambda i: pool.submit(load, i), _result, 4 * threads)
+        for name, image in zip(encoded.names, loaded, strict=True):
+            if isinstance(image, UnreadableError):
+                unreadable.add(name, str(image))
+            elif unreadable.keeps(name, image.damage):
+                if not images:
+                    _require_room(len(encoded), image.pixels.nbytes)
+                images.append(image.pixels)
+                names.append(name)
+    if not images:
+        raise ValueError(f"none of {len(encoded)} images can be read; `fastssl doctor` says why")
+    return images, names
+
+
+def _result(future: Future[Decoded | UnreadableError]) -> Decoded | UnreadableError:
+    return future.result()
+
+
+def _require_room(count: int, each: int) -> None:
+    """As far as the first image tells, and twice: decoded images are copied into one array."""
+    remedy = "lower load_size, or use an engine that reads from disk (dali, ffcv)"
+    require_memory(2 * count * each, f"decoding {count} images into memory", remedy)

@@ -5,7 +5,7 @@ An engine adds how the images of a batch are decoded, one batch ahead.
 Shapes: N batch, M data set, V views.
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastssl_pipelines.augment import Images, draw
-from fastssl_pipelines.augment.image_batch import is_one_size
+from fastssl_pipelines.augment.image_batch import is_one_size, require_layout
 from fastssl_pipelines.engines.base import EngineSettings, ShuffledEpochs
 from fastssl_pipelines.sources.decoding import SMALLEST
 from fastssl_pipelines.sources.unreadable import (
@@ -58,14 +58,15 @@ class Buffer:
 
     def images(self, flat: Tensor, layout: Tensor) -> Images:
         """The images that `flat` holds at `layout` (N, 3), on the device."""
+        require_layout(layout, len(flat), same_size=False)
         on_device = to_device(flat, self.device), to_device(layout, self.device)
-        images = Images(*on_device, same_size=is_one_size(layout))
+        images = Images(*on_device, same_size=is_one_size(layout), checked=True)
         if self.device.type == "cuda":
             self._copied = torch.cuda.current_stream(self.device).record_event()
         return images
 
 
-class StreamingPipeline(ShuffledEpochs, ABC):
+class StreamingPipeline(ShuffledEpochs):
     """A `Pipeline` that decodes the next batch while the current one is in use.
 
     An unreadable image is left out of its batch, which is then shorter; it is never replaced. So
@@ -98,7 +99,7 @@ class StreamingPipeline(ShuffledEpochs, ABC):
         """Batches `skip` to the last of epoch `epoch`."""
         return self._batches(self._rest(epoch, skip), epoch, self._views_or(views))
 
-    def _batches(self, order: Tensor, epoch: int, views: Sequence[View]) -> Iterator[Batch]:
+    def _batches(self, order: list[Tensor], epoch: int, views: Sequence[View]) -> Iterator[Batch]:
         with closing(self._decoded(order, epoch, views)) as decoded:
             for images, index in decoded:
                 if len(index) == 0:
@@ -119,18 +120,20 @@ class StreamingPipeline(ShuffledEpochs, ABC):
             return torch.ones_like(index)
         shrinks = torch.tensor(SHRINKS)[:, None]
         small = -(-size // shrinks[..., None])  # (3, N, 2)
-        covers = small.amin(2) >= max(SMALLEST, *(view.size for view in views))  # (3, N)
+        needed = torch.tensor([view.shape for view in views]).amax(0).clamp(min=SMALLEST)
+        covers = (small >= needed).all(2)  # (3, N)
         sizes = small[covers].unbind(1)
         large_enough = torch.ones(len(sizes[0]), dtype=torch.bool)
         for v, view in enumerate(views if len(large_enough) else ()):
             crop = draw(view, self.settings.seed, epoch, index.expand(3, -1)[covers], v, *sizes)
-            large_enough &= torch.minimum(crop["height"], crop["width"]) >= view.size
+            height, width = view.shape
+            large_enough &= (crop["height"] >= height) & (crop["width"] >= width)
         covers[covers.clone()] = large_enough
         return torch.where(covers, shrinks, 1).amax(0)
 
     @abstractmethod
     def _decoded(
-        self, order: Tensor, epoch: int, views: Sequence[View]
+        self, order: list[Tensor], epoch: int, views: Sequence[View]
     ) -> Generator[tuple[Images, Tensor], None, None]:
         """For each batch `order[b]` (N,): its readable images on the device, and their indices."""
 

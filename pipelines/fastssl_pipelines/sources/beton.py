@@ -118,6 +118,8 @@ class Beton(Encoded):
         require_size(height, width, smallest)
         data = self.stored(row)
         if self.raw[row]:
+            if len(data) != 3 * height * width:
+                raise UnreadableError(f"it holds {len(data)} bytes for {width} x {height} pixels")
             out[: len(data)] = data
             return ""
         full = (height, width, 0, 0, 1, shrink, False, False)

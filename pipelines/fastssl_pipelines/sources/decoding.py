@@ -129,11 +129,16 @@ def _decode_any(data: Bytes, how: Decoding, smallest: int, shrink: int) -> Bytes
             image.draft(None, (image.width // shrink, image.height // shrink))
         if image.format == "TIFF" and image.mode[0] in "IF":  # it drops the sign and the depth
             return _oriented_tiff(data, how, smallest, orientation)
-        if image.mode[0] in "IF":
-            pixels = _gray_to_rgb(to_uint8(np.asarray(image), how.depth))
-        else:  # `convert` would copy
-            pixels = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+        pixels = to_rgb(image, how.depth)
     return upright(pixels, orientation)
+
+
+def to_rgb(image: Any, depth: str = "") -> Bytes:
+    """A PIL image of any mode -> (H, W, 3) uint8: gray is repeated, alpha dropped, CMYK and
+    palettes converted. depth: see `Decoding`; UnreadableError where it is needed."""
+    if image.mode[0] in "IF":
+        return _gray_to_rgb(to_uint8(np.asarray(image), depth))
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))  # which would copy
 
 
 def _oriented_tiff(data: Bytes, how: Decoding, smallest: int, orientation: int) -> Bytes:

@@ -135,6 +135,12 @@ def class_numbers(classes: Iterable[str]) -> dict[str, int]:
     return {name: k for k, name in enumerate(names)}
 
 
+def is_encoded(source: Any) -> bool:
+    """Whether `source` names files or holds encoded bytes, rather than pixels."""
+    first = source[0] if isinstance(source, list | tuple) and source else source
+    return isinstance(first, str | os.PathLike | bytes | Encoded)
+
+
 def open_encoded(source: Any, *, image_key: str = "") -> Encoded:
     """The index of `source`: a folder of images and tar shards, a .tar, a list of either, or a list
     of bytes.

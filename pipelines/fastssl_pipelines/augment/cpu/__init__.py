@@ -1,6 +1,6 @@
 """Views on the CPU: a few threads run compiled loops without the GIL; no worker processes.
 
-Shapes: N batch, G groups of it, C channels, S pixels per side.
+Shapes: N batch, G groups of it, C channels, h and w pixels of a view.
 """
 
 import math
@@ -18,6 +18,13 @@ import torch
 from torch import Tensor
 
 from fastssl_pipelines.augment import sample_params
+from fastssl_pipelines.augment.checks import (
+    BOUNDS,
+    WHOLE_NUMBERS,
+    misfit_error,
+    require_drawable,
+    require_table,
+)
 from fastssl_pipelines.augment.color_matrix import color_maps
 from fastssl_pipelines.augment.cpu.kernels import render_range, sample_range
 from fastssl_pipelines.augment.image_batch import Images
@@ -27,6 +34,7 @@ MAX_BUFFERS = 8  # outputs held for reuse
 UNUSED_REFCOUNT = 3  # of a buffer that no tensor holds: by the deque, the loop and the call
 VIEWS_PER_TASK = 2048  # sampling fewer views costs less than waking a thread
 PIXELS_PER_TASK = 16384  # small, for load balance
+_LIMITS = (*BOUNDS.contiguous().numpy(), (~WHOLE_NUMBERS).numpy())
 
 _buffers: deque[np.ndarray] = deque(maxlen=MAX_BUFFERS)
 _buffers_lock = Lock()
@@ -37,6 +45,7 @@ def draw(
     views: Sequence[View], seed: int, epoch: int | Tensor, index: Tensor, layout: Tensor, first: int
 ) -> Tensor:
     """`reference.draw`, bit for bit. -> (V, N, columns)"""
+    require_drawable(index, layout)
     columns = len(sample_params.COLUMNS)
     table = torch.empty(len(views), len(index), columns)
     numbers = np.array([sample_params.view_numbers(view) for view in views])
@@ -47,28 +56,38 @@ def draw(
     return table
 
 
-def render(images: Images, table: Tensor, view: View, quality: str) -> Tensor:
-    """`reference.render`, within 1/255. -> (G, N, 3, S, S)"""
+def render(
+    images: Images, table: Tensor, view: View, quality: str, *, drawn: bool = False
+) -> Tensor:
+    """`reference.render`, within 1/255. -> (G, N, 3, h, w)"""
+    table, layout = table.contiguous(), images.layout.contiguous()
+    if not drawn:
+        require_table(layout, table)
     groups, count, columns = table.shape
-    size, last = view.size, view.channels_last
-    shape = (groups, count, size, size, 3) if last else (groups, count, 3, size, size)
+    (height, width), last = view.shape, view.channels_last
+    shape = (groups, count, height, width, 3) if last else (groups, count, 3, height, width)
     out = _empty(math.prod(shape)).view(shape)
     affine = quality == "affine"
     rows = table.reshape(-1, columns)
     colors = color_maps(rows) if affine else rows[:0, :12]
-    _run_in_parallel(
+    misfit = _run_in_parallel(
         render_range,
         groups * count,
-        max(1, PIXELS_PER_TASK // size**2),
-        (images.flat, images.layout.contiguous(), rows),
+        max(1, PIXELS_PER_TASK // (height * width)),
+        (images.flat, layout, rows),
+        drawn,
+        *_LIMITS,
         affine,
         colors.contiguous().numpy(),
-        size,
+        height,
+        width,
         view.interpolation == "bicubic",
         last,
         np.array(sample_params.view_numbers(view)),
         out.view(-1).numpy(),
     )
+    if misfit >= 0:
+        raise misfit_error(layout, table, view, misfit)
     return (out.movedim(-1, 2) if last else out).to(view.dtype)
 
 
@@ -88,9 +107,9 @@ def _empty(count: int) -> Tensor:
 
 def _run_in_parallel(
     kernel: Any, count: int, grain: int, tensors: tuple[Tensor, ...], *arguments: Any
-) -> None:
+) -> Any:
     """kernel(counter, count, grain, *tensors, *arguments) on this thread and on helpers, which
-    process `grain` of `count` rows at a time.
+    process `grain` of `count` rows at a time. -> what it returns on this thread
 
     Concurrent calls together use as many threads as torch does: with more threads than cores they
     would wait for one another.
@@ -101,10 +120,11 @@ def _run_in_parallel(
     try:
         threads = min(torch.get_num_threads() // len(_calls), -(-count // grain))
         helpers = [_helpers(os.getpid()).submit(kernel, *shared) for _ in range(1, threads)]
-        kernel(*shared)
+        result = kernel(*shared)
         for helper in helpers:
             if not helper.cancel():  # it has started
                 helper.result()
+        return result
     finally:
         _calls.pop()
 

@@ -7,7 +7,11 @@ per pixel (red, green, blue, and one that the next pixel overwrites). The colour
 contrast, which needs the mean of the view, run while the strip is in the cache; the others run in a
 second sweep, which also normalises and stores. A blurred view needs a third.
 
-Shapes: N batch, C channels, S pixels per side, K largest number of taps of a resampled pixel.
+A view that is rotated is resampled as a whole first, and one that is equalized is resampled from a
+copy of its crop.
+
+Shapes: N batch, C channels, h and w pixels of a view, K largest number of taps of a resampled
+pixel.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -51,7 +55,7 @@ SOURCES = (rng, sample_params, pixel_ops, numba_ops, resample, intrinsics)
 STRIP = 1024  # pixels, approximately: three planes of them are 12 KiB
 
 
-def _on_disk(function: Callable[..., None]) -> Any:
+def _on_disk(function: Callable[..., Any]) -> Any:
     """`function`, compiled once per machine and cached on disk, in __pycache__ or the user's cache
     folder.
 
@@ -74,7 +78,7 @@ adjust, recolor, tone, finish = (
     of_pixels.tone,
     of_pixels.finish,
 )
-clamp, luma = of_pixels.clamp, of_pixels.luma
+clamp, luma, turn = of_pixels.clamp, of_pixels.luma, of_pixels.turn
 
 BYTE = np.float32(1 / 255)
 UNIT = np.uintp(1)  # unsigned indices, so that numba does not handle negative ones
@@ -86,6 +90,9 @@ HEIGHT, WIDTH = sample_params.HEIGHT, sample_params.WIDTH
 COUNT = len(sample_params.COLUMNS)
 ERASE_TOP, ERASE_LEFT = sample_params.ERASE_TOP, sample_params.ERASE_LEFT
 ERASE_HEIGHT, ERASE_WIDTH = sample_params.ERASE_HEIGHT, sample_params.ERASE_WIDTH
+VERTICAL_FLIP, ANGLE = sample_params.VERTICAL_FLIP, sample_params.ANGLE
+EQUALIZE, DEGREE = sample_params.EQUALIZE, np.float32(pixel_ops.DEGREE)
+LEVELS = 256  # of a byte
 
 
 @fast
@@ -105,8 +112,8 @@ def _blend_rows(flat, start, spacing, width, weight, j, count, line):
 
 @fast
 def _blend_columns(line, first, max_count, weight, taps, size, colors):
-    """Row `line` (3 * width) of the crop at S pixels: colors (3 * S), interleaved. weight (S *
-    K)"""
+    """Row `line` (3 * width) of the crop at `size` pixels: colors (3 * size), interleaved. weight
+    (size * K)"""
     if max_count == 2:
         for x in range(size):
             weigh_pixels(colors, 3 * x, line, 3 * first[x], weight, x * taps, 2)
@@ -122,9 +129,9 @@ def _blend_columns(line, first, max_count, weight, taps, size, colors):
 
 
 @fast
-def _spread(colors, start, size, planes):
-    """colors (3 * S) into pixels `start` and following of planes (3 * S * S)."""
-    r, spacing = np.uintp(start), np.uintp(size * size)
+def _spread(colors, start, size, area, planes):
+    """colors (3 * size) into pixels `start` and following of planes (3 * area)."""
+    r, spacing = np.uintp(start), np.uintp(area)
     g, b = r + spacing, r + spacing + spacing
     for x in range(np.uintp(size)):
         planes[r + x] = clamp(colors[3 * x])
@@ -183,11 +190,11 @@ def _tone(planes, start, stop, spacing, row):
 
 
 @fast
-def _store(planes, start, stop, size, row, normal, out, view, last):
+def _store(planes, start, stop, area, row, normal, out, view, last):
     """Grayscale, solarize, normalise pixels [start, stop) into the view at out[view], channels
     first or last."""
     gain_r, gain_g, gain_b, bias_r, bias_g, bias_b = normal
-    n, m = np.uintp(size * size), np.uintp(2 * size * size)
+    n, m = np.uintp(area), np.uintp(2 * area)
     o = np.uintp(view)
     if last:
         for i in range(np.uintp(start), np.uintp(stop)):
@@ -219,18 +226,18 @@ def _gaussian(sigma, size, weight):
 
 
 @fast
-def _blur_columns(planes, start, y, size, count, weight, before, after, line):
-    """Row y of the plane at planes[start], blurred vertically. -> line[S : 2 S]"""
+def _blur_columns(planes, start, y, height, width, count, weight, before, after, line):
+    """Row y of the plane at planes[start], blurred vertically. -> line[w : 2 w]"""
     for t in range(count):
-        before[t] = (abs(y - t) - y) * size
-        after[t] = (size - 1 - abs(size - 1 - y - t) - y) * size
-    for x in range(0, size, LANES):
-        weigh_pairs(line, size + x, planes, start + y * size + x, weight, before, after, count)
+        before[t] = (abs(y - t) - y) * width
+        after[t] = (height - 1 - abs(height - 1 - y - t) - y) * width
+    for x in range(0, width, LANES):
+        weigh_pairs(line, width + x, planes, start + y * width + x, weight, before, after, count)
 
 
 @fast
 def _blur_rows(line, size, count, weight, before, after, soft):
-    """line[S : 2 S], blurred horizontally. -> soft (S,)"""
+    """line[w : 2 w], blurred horizontally. -> soft (w,)"""
     for t in range(1, count):
         line[size - t] = line[size + t]
         line[2 * size - 1 + t] = line[2 * size - 1 - t]
@@ -241,31 +248,82 @@ def _blur_rows(line, size, count, weight, before, after, soft):
 
 
 @fast
-def _store_blurred(planes, size, row, normal, scratch, out, start, spacing, step):
+def _store_blurred(planes, height, width, row, normal, scratch, out, start, spacing, step):
     """Blur, solarize and normalise a view, and store it as `_store` does."""
-    weight, before, after, line, soft = scratch
-    count = _gaussian(row[SIGMA], size, weight)
+    weight_y, weight_x, before, after, line, soft = scratch
+    count_y = _gaussian(row[SIGMA], height, weight_y)
+    count_x = _gaussian(row[SIGMA], width, weight_x)
     for c in range(3):
         gain, bias = normal[c], normal[3 + c]
-        for y in range(size):
-            _blur_columns(planes, c * size * size, y, size, count, weight, before, after, line)
-            _blur_rows(line, size, count, weight, before, after, soft)
-            o = np.uintp(start + c * spacing + y * size * step)
+        for y in range(height):
+            first = c * height * width
+            _blur_columns(planes, first, y, height, width, count_y, weight_y, before, after, line)
+            _blur_rows(line, width, count_x, weight_x, before, after, soft)
+            o = np.uintp(start + c * spacing + y * width * step)
             if step == 1:
-                for x in range(np.uintp(size)):
+                for x in range(np.uintp(width)):
                     out[o + x] = finish(soft[x], row) * gain + bias
             else:
-                for x in range(np.uintp(size)):
+                for x in range(np.uintp(width)):
                     out[o + x + x + x] = finish(soft[x], row) * gain + bias
 
 
 @fast
-def _erase(row, size, out, view, spacing, step):
+def _erase(row, width, out, view, spacing, step):
     top, left = int(row[ERASE_TOP]), int(row[ERASE_LEFT])
     for c in range(3):
         for y in range(top, top + int(row[ERASE_HEIGHT])):
             for x in range(left, left + int(row[ERASE_WIDTH])):
-                out[view + c * spacing + (y * size + x) * step] = ZERO
+                out[view + c * spacing + (y * width + x) * step] = ZERO
+
+
+@exact
+def _equalize(flat, corner, stride, height, width, histogram, copy):
+    """The crop at flat[corner], with the histogram of each channel equalized. -> copy (3 * height *
+    width)"""
+    histogram[:] = 0
+    for y in range(height):
+        for i in range(3 * width):
+            histogram[i % 3, flat[corner + y * stride + i]] += 1
+    for c in range(3):
+        brightest = LEVELS - 1
+        while histogram[c, brightest] == 0:
+            brightest -= 1
+        step = (height * width - histogram[c, brightest]) // 255
+        below = 0
+        for level in range(LEVELS):
+            count = histogram[c, level]
+            histogram[c, level] = min((below + step // 2) // step, 255) if step > 0 else level
+            below += count
+    for y in range(height):
+        for i in range(3 * width):
+            copy[y * 3 * width + i] = histogram[i % 3, flat[corner + y * stride + i]]
+
+
+@exact
+def _rotate(planes, height, width, angle, rotated):
+    """The view in planes (3 * h * w) rotated around its centre, bilinear, black outside. `rotated`
+    is memory for a copy."""
+    area = height * width
+    cos, sin = np.float32(np.cos(angle * DEGREE)), np.float32(np.sin(angle * DEGREE))
+    middle_y, middle_x = np.float32(height - 1) * HALF, np.float32(width - 1) * HALF
+    rotated[: 3 * area] = planes[: 3 * area]
+    for y in range(height):
+        for x in range(width):
+            to_y, to_x = np.float32(y) - middle_y, np.float32(x) - middle_x
+            from_y, from_x = turn(to_y, to_x, cos, sin)
+            from_y, from_x = from_y + middle_y, from_x + middle_x
+            top, left = int(np.floor(from_y)), int(np.floor(from_x))
+            down, right = from_y - np.float32(top), from_x - np.float32(left)
+            for c in range(3):
+                value = ZERO
+                for corner in range(4):
+                    i, j = top + corner // 2, left + corner % 2
+                    if 0 <= i < height and 0 <= j < width:
+                        share = down if corner // 2 else ONE - down
+                        share *= right if corner % 2 else ONE - right
+                        value += share * rotated[c * area + i * width + j]
+                planes[c * area + y * width + x] = value
 
 
 def _sample_range(counter, count, grain, table, index, layout, first, seed, epoch, numbers):
@@ -280,30 +338,63 @@ def _sample_range(counter, count, grain, table, index, layout, first, seed, epoc
         low = atomic_fetch_add(counter, grain)
 
 
+@exact
+def first_misfit(table, layout, low, high, fraction, height, width):
+    """`checks.misfits`: the first row of table (G * N, columns) that does not fit its image of
+    layout (N, 3) or the view; -1 where all do. low, high, fraction (columns,): the limits, and
+    whether a number need not be whole."""
+    for slot in range(len(table)):
+        row, image = table[slot], layout[slot % len(layout)]
+        fits = True
+        for column in range(COUNT):  # without a branch, so that it vectorises; NaN fits nowhere
+            x = row[column]
+            fits &= (x >= low[column]) & (x <= high[column])
+            fits &= (x == np.floor(x)) | fraction[column]
+        fits &= (row[TOP] + row[HEIGHT] <= image[1]) & (row[LEFT] + row[WIDTH] <= image[2])
+        fits &= row[ERASE_TOP] + row[ERASE_HEIGHT] <= height
+        fits &= row[ERASE_LEFT] + row[ERASE_WIDTH] <= width
+        if not fits:
+            return slot
+    return -1
+
+
 def _render_range(
-    counter, count, grain, flat, layout, table, affine, colors, size, bicubic, last, numbers, out
+    counter, count, grain, flat, layout, table, drawn, low_bound, high_bound, fraction, affine,
+    colors, height, width, bicubic, last, numbers, out,
 ):  # fmt: skip
-    """Render the `count` rows of table (G * N, columns) into out (G * N * 3 * S * S), `grain` at a
-    time, shared with other threads through `counter`."""
-    longest_y, longest_x = 1, 1
+    """Render the `count` rows of table (G * N, columns) into out (G * N * 3 * h * w), `grain` at a
+    time, shared with other threads through `counter`. -> -1, or, unless all rows are `drawn` for
+    these images, the first that does not fit; then nothing is rendered"""
+    if not drawn:
+        misfit = first_misfit(table, layout, low_bound, high_bound, fraction, height, width)
+        if misfit >= 0:
+            return misfit
+    longest_y, longest_x, rotates, largest = 1, 1, False, 0
     for slot in range(count):
         longest_y = max(longest_y, int(table[slot, HEIGHT]))
         longest_x = max(longest_x, int(table[slot, WIDTH]))
-    taps_y, taps_x = max_taps(longest_y, size, bicubic), max_taps(longest_x, size, bicubic)
-    first_y, first_x = np.empty(size, np.int64), np.empty(size, np.int64)
-    count_y, count_x = np.empty(size, np.int64), np.empty(size, np.int64)
-    weight_y = np.empty(size * taps_y, np.float32)
-    weight_x = np.empty(size * taps_x, np.float32)
+        rotates |= table[slot, ANGLE] != 0
+        if table[slot, EQUALIZE] > 0:
+            largest = max(largest, 3 * int(table[slot, HEIGHT]) * int(table[slot, WIDTH]))
+    taps_y, taps_x = max_taps(longest_y, height, bicubic), max_taps(longest_x, width, bicubic)
+    first_y, first_x = np.empty(height, np.int64), np.empty(width, np.int64)
+    count_y, count_x = np.empty(height, np.int64), np.empty(width, np.int64)
+    weight_y = np.empty(height * taps_y, np.float32)
+    weight_x = np.empty(width * taps_x, np.float32)
     line = np.zeros(3 * (longest_x + taps_x) + LANES, np.float32)  # read past its end, times zero
-    color = np.empty(3 * size + 1, np.float32)
-    area = size * size
+    color = np.empty(3 * width + 1, np.float32)
+    area = height * width
     planes = np.zeros(3 * area + LANES, np.float32)
+    unrotated = np.empty(3 * area if rotates else 0, np.float32)
+    equalized = np.empty(largest, np.uint8)
+    histogram = np.empty((3, LEVELS), np.int64)
     scratch = (
-        np.empty(size, np.float32),
-        np.empty(size, np.int64),
-        np.empty(size, np.int64),
-        np.zeros(3 * size + LANES, np.float32),
-        np.empty(size + LANES, np.float32),
+        np.empty(height, np.float32),
+        np.empty(width, np.float32),
+        np.empty(max(height, width), np.int64),
+        np.empty(max(height, width), np.int64),
+        np.zeros(3 * width + LANES, np.float32),
+        np.empty(width + LANES, np.float32),
     )
     normal = (
         np.float32(1 / numbers[STD]),
@@ -314,7 +405,7 @@ def _render_range(
         np.float32(-numbers[MEAN + 2] / numbers[STD + 2]),
     )
     spacing, step = (1, 3) if last else (area, 1)
-    strip = max(1, STRIP // size)
+    strip = max(1, STRIP // width)
     low = atomic_fetch_add(counter, grain)
     while low < count:
         for slot in range(low, min(low + grain, count)):
@@ -323,33 +414,43 @@ def _render_range(
             row = to_fixed_tuple(table[slot], COUNT)
             stride = 3 * layout[n, 2]
             corner = layout[n, 0] + int(row[TOP]) * stride + 3 * int(row[LEFT])
-            width = int(row[WIDTH])
-            height, flip = int(row[HEIGHT]), row[FLIP] > 0
-            fill_taps(height, size, bicubic, False, BYTE, first_y, count_y, weight_y, taps_y)
+            tall, wide = int(row[HEIGHT]), int(row[WIDTH])
+            source = flat
+            if row[EQUALIZE] > 0:
+                _equalize(flat, corner, stride, tall, wide, histogram, equalized)
+                source, corner, stride = equalized, 0, 3 * wide
+            fill_taps(
+                tall, height, bicubic, row[VERTICAL_FLIP] > 0, BYTE, first_y, count_y, weight_y,
+                taps_y,
+            )  # fmt: skip
             max_count = fill_taps(
-                width, size, bicubic, flip, ONE, first_x, count_x, weight_x, taps_x
+                wide, width, bicubic, row[FLIP] > 0, ONE, first_x, count_x, weight_x, taps_x
             )
             contrast = 4
             for k in range(4):
                 if row[STEP0 + k] == 1 and not affine:
                     contrast = k
-            blurred = row[SIGMA] > 0
+            rotated, blurred = row[ANGLE] != 0, row[SIGMA] > 0
             view = 3 * area * slot
             mean = ZERO
-            for sweep in range(2 if contrast < 4 else 1):
-                for top in range(0, size, strip):
-                    bottom = min(top + strip, size)
-                    start, stop = top * size, bottom * size
-                    if sweep == 0:
+            # sweep -1 resamples alone, as a rotation needs the whole view
+            for sweep in range(-1 if rotated else 0, 2 if contrast < 4 else 1):
+                for top in range(0, height, strip):
+                    bottom = min(top + strip, height)
+                    start, stop = top * width, bottom * width
+                    if sweep == (-1 if rotated else 0):
                         for y in range(top, bottom):
                             for c in range(0, 3, step):  # channels last is one run
                                 prefetch_for_write(
-                                    out, view + c * area + y * size * step, size * step
+                                    out, view + c * area + y * width * step, width * step
                                 )
                             first, j = corner + first_y[y] * stride, y * taps_y
-                            _blend_rows(flat, first, stride, width, weight_y, j, count_y[y], line)
-                            _blend_columns(line, first_x, max_count, weight_x, taps_x, size, color)
-                            _spread(color, y * size, size, planes)
+                            _blend_rows(source, first, stride, wide, weight_y, j, count_y[y], line)
+                            _blend_columns(line, first_x, max_count, weight_x, taps_x, width, color)
+                            _spread(color, y * width, width, area, planes)
+                    if sweep < 0:
+                        continue
+                    if sweep == 0:
                         if affine:
                             _recolor(planes, start, stop, area, to_fixed_tuple(colors[slot], 12))
                         else:
@@ -362,12 +463,17 @@ def _render_range(
                     if blurred:
                         _tone(planes, start, stop, area, row)
                     else:
-                        _store(planes, start, stop, size, row, normal, out, view, last)
+                        _store(planes, start, stop, area, row, normal, out, view, last)
+                if sweep < 0:
+                    _rotate(planes, height, width, row[ANGLE], unrotated)
                 mean /= np.float32(area)
             if blurred:
-                _store_blurred(planes, size, row, normal, scratch, out, view, spacing, step)
-            _erase(row, size, out, view, spacing, step)
+                _store_blurred(
+                    planes, height, width, row, normal, scratch, out, view, spacing, step
+                )
+            _erase(row, width, out, view, spacing, step)
         low = atomic_fetch_add(counter, grain)
+    return -1
 
 
 sample_range = _on_disk(_sample_range)

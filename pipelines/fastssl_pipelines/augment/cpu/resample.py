@@ -1,7 +1,4 @@
-"""Resampling taps: which pixels of a crop contribute to a pixel of the view, with which weights.
-
-Shapes: S pixels per side.
-"""
+"""Resampling taps: which pixels of a crop contribute to a pixel of the view, with which weights."""
 
 # mypy: disable-error-code="no-untyped-def"
 # ^ numba infers the types of what it compiles
@@ -35,9 +32,9 @@ def _fill_pairs(length, scale, size, flip, gain, first, count, weight, taps):
 
 @fast
 def fill_taps(length, size, bicubic, flip, gain, first, count, weight, taps):
-    """Fill in the taps of S output pixels among `length` source pixels. -> the largest count
+    """Fill in the taps of `size` output pixels among `length` source pixels. -> the largest count
 
-    first (S,), count (S,), weight (S * `taps`): zero from `count` on.
+    first (size,), count (size,), weight (size * `taps`): zero from `count` on.
     """
     scale = np.float32(length) / np.float32(size)
     if scale <= ONE and not bicubic and length > 1:
