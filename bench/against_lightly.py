@@ -140,7 +140,10 @@ def run(name: str, config: Config, images: int, theirs: tuple[bool, bool]) -> di
     for part, limit in (("train", images), ("test", 2000)):
         split = open_split(config, part, hold=True)  # type: ignore[arg-type]
         assert isinstance(split, ArraySplit)
-        splits.append(ArraySplit(config, part, split.pixels[:limit]))  # type: ignore[arg-type]
+        numbers = split.source_numbers[:limit]
+        splits.append(
+            ArraySplit(config, part, split.pixels[:limit], source_numbers=numbers)  # type: ignore[arg-type]
+        )
     train_images = splits[0].pixels
     views = build_views(config)
     backbone = seeded_backbone(config, CPU)

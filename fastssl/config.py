@@ -40,10 +40,11 @@ class Config:
     load_size: int = 256
     """Side, in px, of the square to which images of a folder are resized and cropped on loading."""
     train_images: int = 0
-    """Number of images of the training part to use, the first ones, for training and as the
+    """Number of images of the training part to use, drawn by `seed`, for training and as the
     labelled ones of the evaluation; 0: all."""
     holdout: float = 0.2
-    """Fraction of the images held out for evaluation, where the data has no test part."""
+    """Fraction of the images held out for evaluation, where the data has no test part; 0: all
+    images train, and there is no accuracy."""
 
     # method
     method: str = "barlow"
@@ -108,7 +109,7 @@ class Config:
 
     # execution
     seed: int = 0
-    """Seed of the initial weights, the order of images and the views."""
+    """Seed of the initial weights, the order of images, the views and all samples of images."""
     device: str = "auto"
     """'auto' takes the GPU where there is one; else any torch device."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -141,6 +142,8 @@ class Config:
     """Epochs between two online kNN probes of the backbone, whose time is not counted; 0: none."""
     checkpoint_s: float = 60.0
     """Seconds between two checkpoints; more where saving would take over 2 % of the time."""
+    eval: bool = True
+    """Evaluate the features after training; with --no-eval `fastssl eval RUN` can do it later."""
     on_collapse: Literal["warn", "stop", "ignore"] = "warn"
     """On features that collapse to a point or a few directions: warn with likely causes, stop the
     run, or ignore it."""
@@ -155,7 +158,7 @@ class Config:
         positive = ("load_size", "views", "image_size", "batch_size", "epochs")
         for name in (*positive, "accumulate", "log_every", "knn_k", "label_draws"):
             require(self, name, getattr(self, name) >= 1, "be at least 1")
-        require(self, "holdout", 0 < self.holdout < 1, "lie between 0 and 1")
+        require(self, "holdout", 0 <= self.holdout < 1, "be 0 (no test part) or below 1")
         if self.render == "dali" and self.engine != "dali":
             raise ValueError(f"--render dali needs --engine dali, not {self.engine}")
         beton = self.engine == "auto" and self.data.endswith(".beton")

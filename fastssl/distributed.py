@@ -8,7 +8,7 @@ Shapes: N batch, F features.
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -21,7 +21,11 @@ from fastssl.config import Config
 from fastssl_kernels import distributed as by_name  # its groups are names
 
 Net = TypeVar("Net", bound=nn.Module)
-TIMEOUT = timedelta(minutes=10)  # of a collective that a rank never joins
+TIMEOUT = timedelta(minutes=10)  # of a collective of the losses that a rank never joins
+# Of the collectives on `host`, in which ranks wait for work that takes as long as it takes: rank 0
+# converts data or saves, another fits a probe. A rank that dies ends them at once all the same.
+HOST_TIMEOUT = timedelta(days=7)
+FIRST_FAILURE = "fastssl/first_failure"  # a key of the launch's store
 
 
 @dataclass(frozen=True)
@@ -60,8 +64,17 @@ class Ranks:
         return float(found) / self.world
 
     def barrier(self) -> None:
-        """Wait for all ranks."""
+        """Wait for all ranks, however long one of them takes."""
         self.all_reduce_max(0)
+
+    @contextmanager
+    def main_first(self, needed: bool = True) -> Iterator[None]:
+        """Run the body on rank 0, then on the others, where `needed`; else on all at once."""
+        if needed and not self.is_main:
+            self.barrier()
+        yield
+        if needed and self.is_main:
+            self.barrier()
 
     def gather(self, value: Any) -> list[Any]:
         """The value of every rank, in rank order."""
@@ -95,19 +108,37 @@ def is_launched() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
+class RankFailedError(RuntimeError):
+    """Another rank failed first, and reports why; this one ends with `exit_code`."""
+
+    is_reported = True
+
+    def __init__(self, failure: str, exit_code: int):
+        super().__init__(failure)
+        self.exit_code = exit_code
+
+
 @contextmanager
 def init_distributed(device: str) -> Iterator[Ranks]:
     """This process's Ranks: those of an initialised torch.distributed, those of torchrun's
-    variables, or a single process. A GPU rank takes the GPU of its LOCAL_RANK."""
+    variables, or a single process. A GPU rank takes the GPU of its LOCAL_RANK.
+
+    Of the errors that leave the block on torchrun's ranks, the first stays as it is; those of the
+    other ranks, which mostly follow from it, become a RankFailedError.
+    """
     if dist.is_initialized():
         yield _ranks()
     elif is_launched():
         cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
         if cuda:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT)
+        store, rank, world = next(dist.rendezvous("env://"))
+        dist.init_process_group(
+            "nccl" if cuda else "gloo", store=store, rank=rank, world_size=world, timeout=TIMEOUT
+        )
         try:
-            yield _ranks()
+            with _first_failure_only(store, rank):
+                yield _ranks()
         finally:
             dist.destroy_process_group()
     else:
@@ -115,11 +146,30 @@ def init_distributed(device: str) -> Iterator[Ranks]:
 
 
 def _ranks() -> Ranks:
-    group = dist.group.WORLD
-    host = (
-        group if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=TIMEOUT)
-    )
-    return Ranks(dist.get_rank(), dist.get_world_size(), group, host)
+    host = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
+    return Ranks(dist.get_rank(), dist.get_world_size(), dist.group.WORLD, host)
+
+
+@contextmanager
+def _first_failure_only(store: dist.Store, rank: int) -> Iterator[None]:
+    """RankFailedError in place of an error of the body where another rank has failed before.
+
+    Of ranks that fail together, as on a mistake in the config, rank 0 counts as the first: the
+    others wait a second for it. They close their connections afterwards, so no rank fails because
+    of an error that is not in the store yet.
+    """
+    try:
+        yield
+    except BaseException as error:  # an interruption is one
+        mine = first = f"rank {rank}: {type(error).__name__}: {error}"
+        with suppress(Exception):  # a store that is gone: its rank has ended
+            if rank:
+                with suppress(dist.DistStoreError):
+                    store.wait([FIRST_FAILURE], timedelta(seconds=1))
+            first = store.compare_set(FIRST_FAILURE, "", mine).decode()
+        if first != mine:
+            raise RankFailedError(first, getattr(error, "exit_code", 2)) from error
+        raise
 
 
 def rank_batch(config: Config, world: int) -> int:

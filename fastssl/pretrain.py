@@ -3,9 +3,9 @@
 import json
 import time
 from collections import ChainMap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from fastssl.data.loading import Data, build_views, open_data
 from fastssl.device import choose_device
 from fastssl.distributed import Ranks, global_batch_norm, init_distributed, rank_batch
 from fastssl.evaluation.online_knn import OnlineKNN
-from fastssl.evaluation.protocols import RunFeatures, run_features, score
+from fastssl.evaluation.protocols import Evaluation, evaluate, evaluation_summary
 from fastssl.objectives import build_objective, complete
 from fastssl.objectives.oracles import build_oracle, uses_oracle
 from fastssl.runtime import run_dir
@@ -30,25 +30,21 @@ from fastssl.train import Trained, train
 def pretrain(config: Config, folder: Path, log: Callable[[str], None]) -> dict[str, Any]:
     """Train and evaluate in `folder`; returns the contents of its summary.json.
 
-    An unfinished run of the same config is resumed. Under torchrun every rank calls it; rank 0
-    saves, logs and evaluates, the others return {}. Raises ValueError, with nothing written, where
-    the folder is taken or the config does not fit the data.
+    An unfinished run of the same config is resumed, within its evaluation too. Under torchrun
+    every rank calls it: all train and evaluate; rank 0 saves and logs, the others return {}. Raises
+    ValueError, with nothing written, where the folder is taken or the config does not fit the data.
     """
     config = complete(config)
-    with ExitStack() as until_evaluated:
-        with init_distributed(config.device) as ranks:
-            log = log if ranks.is_main else _discard
-            run = _train(config, folder, log, ranks, until_evaluated)
-            begin = time.perf_counter()
-            features = run_features(config, folder, run.data.train, run.data.test, ranks)
-            # Each rank has met the unreadable images of its own batches.
-            skipped = dict(ChainMap(*ranks.gather_to_main(dict(run.data.skipped))))
-            skipped_test = dict(ChainMap(*ranks.gather_to_main(dict(run.data.test.skipped))))
-        # The probes are fitted outside the process group: they take minutes, in which a rank that
-        # waited in a collective would time out.
-        if not ranks.is_main:
-            return {}
-        return _summary(config, folder, log, run, features, (skipped, skipped_test), begin)
+    with ExitStack() as until_evaluated, init_distributed(config.device) as ranks:
+        log = log if ranks.is_main else _discard
+        run = _train(config, folder, log, ranks, until_evaluated)
+        begin = time.perf_counter()
+        found = None
+        if config.eval:
+            found = evaluate(config, folder, run.data.train, run.data.test, log, ranks=ranks)
+        # Each rank has met the unreadable images of its own batches.
+        skipped = dict(ChainMap(*ranks.gather(dict(run.data.skipped))))
+        return _summary(config, folder, log, run, found, skipped, begin) if ranks.is_main else {}
 
 
 @dataclass(frozen=True)
@@ -70,12 +66,7 @@ def _train(
     resumed = ranks.is_main and run_dir.is_resumed(folder, config)
     device = choose_device(config.device)
     per_rank = replace(config, batch_size=rank_batch(config, ranks.world))
-    # Rank 0 opens the data first: an engine may convert it to a file that all ranks then read.
-    if not ranks.is_main:
-        ranks.barrier()
     data = open_data(per_rank, device, log, ranks)
-    if ranks.is_main:
-        ranks.barrier()
     backbone = seeded_backbone(config, device)
     if config.init:
         log(load_backbone(Path(config.init), backbone, partial=config.init_partial))
@@ -130,29 +121,28 @@ def _summary(
     folder: Path,
     log: Callable[[str], None],
     run: _Run,
-    features: RunFeatures,
-    skipped: tuple[Mapping[str, str], Mapping[str, str]],
+    found: Evaluation | None,
+    skipped: dict[str, str],
     begin: float,
 ) -> dict[str, Any]:
-    """Score the features of a trained run; write and return its summary.
+    """Write and return the summary of a trained run and its evaluation, if any.
 
-    skipped: the unreadable images of the training and the test part, by name, with the reason.
-    begin: when the evaluation began.
+    skipped: the unreadable images that training met, by name, with the reason. begin: when the
+    evaluation began.
     """
-    unreadable = {**skipped[0], **skipped[1]}
+    of_training, of_test = found.skipped if found else ({}, {})
+    of_training = {**skipped, **of_training}
+    unreadable = {**of_training, **of_test}
     if unreadable:
         log(f"skipped {len(unreadable)} unreadable images; summary.json lists them")
-    table, rank = score(config, features)
     device = run.device
     summary = {
-        "accuracy": {row: {k: asdict(cell) for k, cell in table[row].items()} for row in table},
-        "rankme": rank,
+        **evaluation_summary(found, time.perf_counter() - begin),
         "load_s": round(run.load_s, 2),
         "train_s": round(run.trained.train_s, 2),
-        "evaluate_s": round(time.perf_counter() - begin, 2),
         "steps": run.trained.steps,
         "views_per_s": round(run.trained.views_per_s * run.world, 1),
-        "images": run.data.train.total - len(skipped[0]),
+        "images": run.data.train.total - len(of_training),
         "unreadable": unreadable,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "ranks": run.world,

@@ -90,7 +90,7 @@ _MANY_VIEWS = replace(
     precision="bfloat16",
 )
 
-# One network and one set of 5,000 images for every method, about a minute of training on one core
+# One network and 5,000 images for every method, about a minute of training on one core
 # with bfloat16 instructions (AVX512-BF16, AMX); elsewhere --precision float32 is faster.
 _CIFAR_SMALL = Config(
     data="cifar10",
@@ -177,7 +177,8 @@ def _small(
 ) -> Recipe:
     """One of the cifar-small recipes, measured on one core with all labels."""
     results = "accuracy-methods.jsonl"
-    card = _card("a CPU core", "methods", results, train_s, knn_all=knn, linear_all=linear)
+    hardware = "a CPU core, the first 5,000 images of CIFAR-10"  # not a sample by the seed
+    card = _card(hardware, "methods", results, train_s, knn_all=knn, linear_all=linear)
     return Recipe(settings, _SMALL_PROJECTOR | knobs, card)
 
 

@@ -1,6 +1,7 @@
 """The `fastssl` command: dispatch and exit codes. A user error prints one line and exits with code
 2."""
 
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -44,6 +45,7 @@ COMMANDS = {
 RESUMED = {  # printed after an interruption; the other commands start again
     "train": "; the same command resumes the run",
     "convert": "; the same command resumes",
+    "eval": "; the same command resumes",
 }
 
 
@@ -64,13 +66,28 @@ def run(arguments: list[str]) -> int:
             raise UsageError(f"unknown command {name!r}; there are {', '.join(COMMANDS)}")
         with stop_signals(), _warnings_in_one_line():
             COMMANDS[name](arguments[1:])
+    except UsageError as error:  # the same on every rank
+        _print_error(error, only_on_rank_0=True)
+        return 2
     except Interrupted as stop:
         print(f"fastssl: {stop}{RESUMED.get(name, '')}", file=sys.stderr)
         return stop.exit_code
     except (ValueError, ArithmeticError, OSError) as error:
-        print(f"fastssl: {' '.join(str(error).split())}", file=sys.stderr)
+        _print_error(error)
         return 2
+    except Exception as error:
+        if not getattr(error, "is_reported", False):  # else another rank has printed the reason
+            raise
+        return getattr(error, "exit_code", 2)
     return 0
+
+
+def _print_error(error: Exception, *, only_on_rank_0: bool = False) -> None:
+    """Print an error in one line, under torchrun with the rank that it is of."""
+    rank = os.environ.get("RANK", "0")
+    if rank == "0" or not only_on_rank_0:
+        of_rank = "" if rank == "0" else f"rank {rank}: "
+        print(f"fastssl: {of_rank}{' '.join(str(error).split())}", file=sys.stderr)
 
 
 @contextmanager

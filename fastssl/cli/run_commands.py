@@ -1,6 +1,7 @@
 """Commands on runs: train, eval, rank, select."""
 
 import argparse
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -33,10 +34,14 @@ def train(arguments: list[str]) -> None:
     summary = pretrain(config, folder, log)
     if not summary:  # not rank 0
         return
-    _print_accuracy(console, summary["accuracy"], summary["rankme"])
+    evaluated = f"evaluated in {summary['evaluate_s']:.1f} s"
+    if config.eval:
+        _print_accuracy(console, summary["accuracy"], summary["rankme"])
+    else:
+        evaluated = f"not evaluated: `fastssl eval {folder}` does it"
     console.print(
         f"trained in {summary['train_s']:.1f} s ({summary['views_per_s']:,.0f} views/s), "
-        f"evaluated in {summary['evaluate_s']:.1f} s; results in {folder}",
+        f"{evaluated}; results in {folder}",
         highlight=False,
     )
 
@@ -52,7 +57,8 @@ def evaluate(arguments: list[str]) -> None:
     parser = Parser(
         prog="fastssl eval",
         description="Evaluate a finished run: repeat its evaluation, or, with any flag, apply a\n"
-        "protocol, with 10 % and 1 % of the labels too. Protocols are not comparable.\n" + lines,
+        "protocol, with 10 % and 1 % of the labels too. Protocols are not comparable. It\n"
+        "resumes where it was interrupted.\n" + lines,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", type=Path, help="run folder")
@@ -65,11 +71,11 @@ def evaluate(arguments: list[str]) -> None:
     console = Console()
     if not (options.protocol or options.probe or options.views):
         table, rank = evaluate_run(options.run)
+    else:
+        name, probes, rank = options.protocol or "neutral", tuple(options.probe), None
+        table = evaluate_protocol(options.run, name, print, probes=probes, views=options.views)
+    if os.environ.get("RANK", "0") == "0":
         _print_accuracy(console, {row: _plain(cells) for row, cells in table.items()}, rank)
-        return
-    name, probes = options.protocol or "neutral", tuple(options.probe)
-    table = evaluate_protocol(options.run, name, print, probes=probes, views=options.views)
-    _print_accuracy(console, {row: _plain(cells) for row, cells in table.items()}, None)
 
 
 def rank(arguments: list[str]) -> None:
@@ -146,7 +152,8 @@ def _print_accuracy(
     """Print the accuracy table: a row per probe and label count, a column per kind of features."""
     if not accuracy:
         console.print(
-            f"no accuracy, since the data has no labels; RankMe of the features {rank:.1f}",
+            "no accuracy, since the data has no labels of two classes or more, or no test part; "
+            f"RankMe of the features {rank:.1f}",
             highlight=False,
         )
         return

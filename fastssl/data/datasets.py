@@ -9,7 +9,7 @@ Shapes: M data set, S pixels per side. Images are uint8 RGB (M, S, S, 3), labels
 import hashlib
 import json
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,7 +56,7 @@ def open_files(data: str, part: Part, holdout: float) -> Encoded:
     paths, has_parts = _folder_files(path, part)
     if not has_parts:
         paths = list(_held_out(np.array(paths, dtype=object), part, holdout))
-    return open_encoded(paths)
+    return open_encoded(paths) if paths else Encoded([], [])  # no test part
 
 
 def beton_of(
@@ -93,11 +93,9 @@ def _is_shards(path: Path) -> bool:
     return path.suffix == ".tar" or (path.is_dir() and any(path.glob("*.tar")))
 
 
-def load_labels(
-    data: str, part: Part, holdout: float, *, skipped: Collection[str] = ()
-) -> Labels | None:
-    """The labels of the images of `load_array` or `open_files`, without those of the files named
-    `skipped`; None where the data has none. For evaluation and oracles only."""
+def load_labels(data: str, part: Part, holdout: float) -> Labels | None:
+    """The labels of the images of `load_array` or `open_files`; None where the data has none. For
+    evaluation and oracles only."""
     if data == "digits":
         from sklearn.datasets import load_digits
 
@@ -109,12 +107,9 @@ def load_labels(
         return _npz_labels(path, part, holdout)
     if _is_shards(path):
         return None
-    labels = _beton_labels(path, part, holdout) if path.suffix == ".beton" else None
-    labels = _folder_labels(path, part, holdout) if path.is_dir() else labels
-    if labels is None or not skipped:
-        return labels
-    names = open_files(data, part, holdout).names
-    return labels[[name not in skipped for name in names]]
+    if path.suffix == ".beton":
+        return _beton_labels(path, part, holdout)
+    return _folder_labels(path, part, holdout)
 
 
 def _existing(data: str) -> Path:
@@ -136,7 +131,10 @@ def _existing(data: str) -> Path:
 
 
 def _held_out(rows: Any, part: Part, holdout: float) -> Any:
-    """The rows of one part; the split depends on the number of rows, never on a seed."""
+    """The rows of one part; the split depends on the number of rows, never on a seed. With a
+    `holdout` of 0 the training part has all rows, the test part none."""
+    if not holdout:
+        return rows if part == "train" else rows[:0]
     count = len(rows)
     held_out = round(count * holdout)
     if held_out < 1 or held_out >= count:

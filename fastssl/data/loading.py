@@ -51,19 +51,22 @@ def open_data(
     """The data of a run and its pipeline; ValueError where a batch does not fit.
 
     Engine resident decodes the training images into memory; the others decode no more than the
-    batches in flight.
+    batches in flight. A collective call, which returns when every rank has the data: none waits in
+    training for another that still decodes.
     """
     views = build_views(config)
     needed = sum(4 * config.batch_size * 3 * prod(view.shape) for view in views)  # float32
     what = f"one batch of {config.batch_size} x {len(views)} views of {config.image_size} px"
     require_memory(needed, what, "lower --image-size, --batch-size or --views", device)
     engine = _engine(config, device, log)
-    split = open_split(config, "train", hold=engine == "resident")
+    with ranks.main_first(config.data == "cifar10"):  # which it downloads
+        split = open_split(config, "train", hold=engine == "resident")
     if config.batch_size > len(split):
         raise ValueError(
             f"--batch-size {config.batch_size} is larger than the data set of {len(split)} images"
         )
-    source, split = _source(config, engine, split, log)
+    with ranks.main_first(engine == "ffcv"):  # for which it converts the images to a file
+        source, split = _source(config, engine, split, log)
     pipeline = open_pipeline(
         engine,
         source,
@@ -74,6 +77,7 @@ def open_data(
         shard=(ranks.rank, ranks.world),
         **_engine_options(config, engine),
     )
+    ranks.barrier()
     return Data(config, split, pipeline)
 
 
@@ -104,7 +108,9 @@ def _source(
     beton, skipped = beton_of(split.files, config.on_corrupt, config.corrupt_quota, log)
     if skipped:
         readable = [i for i, name in enumerate(split.files.names) if name not in skipped]
-        split = FileSplit(config, "train", split.files.select(readable), skipped)
+        source_numbers = split.source_numbers[readable]
+        files = split.files.select(readable)
+        split = FileSplit(config, "train", files, skipped, source_numbers)
     return beton, split
 
 

@@ -31,14 +31,42 @@ from fastssl_pipelines.sources.unreadable import UnreadableError, UnreadableImag
 Outcome = Decoded | UnreadableError
 
 
+def sample_indices(total: int, count: int, seed: int) -> Tensor:
+    """`count` of the numbers 0 to total - 1, drawn without replacement by `seed`: (count,) int64,
+    ascending, so that files are read in order; all of them where `count` is 0 or not below total.
+
+    Wherever fewer than all images are used: a folder is sorted by class, so its first images are
+    those of a few classes.
+    """
+    if not 0 < count < total:
+        return torch.arange(total)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(total, generator=generator)[:count].sort().values
+
+
 class Split(ABC):
     """The training or the test part of a run's data: its images by number, 0 to M - 1.
 
     skipped: the unreadable images by name, with the reason; of files, those found so far.
+    source_numbers: (M,) int64, the number of each image among all of the part, where the split has
+    only some of them.
     """
 
-    def __init__(self, config: Config, part: Part, excluded: Mapping[str, str] | None):
+    def __init__(
+        self,
+        config: Config,
+        part: Part,
+        excluded: Mapping[str, str] | None,
+        source_numbers: Tensor | None,
+    ):
         self._config, self._part, self._excluded = config, part, excluded or {}
+        self._source_numbers = source_numbers
+
+    @property
+    def source_numbers(self) -> Tensor:
+        if self._source_numbers is None:
+            return torch.arange(len(self))
+        return self._source_numbers
 
     @property
     def skipped(self) -> Mapping[str, str]:
@@ -57,16 +85,26 @@ class Split(ABC):
         """(numbers (N,), images (N, S, S, 3)) of the readable images of each chunk of numbers."""
 
     def labels(self) -> Tensor | None:
-        """The label of every image (M,) int64, None where the data has none. For evaluation and
-        oracles only."""
+        """The label of every image (M,) int64, None where the data has none or the training part
+        a single class, which is what a folder in a folder is. For evaluation and oracles only."""
         return self._labels
 
     @cached_property
     def _labels(self) -> Tensor | None:
         """Read once for oracle, probe and evaluation: a folder's labels are a scan of its files."""
         config = self._config
-        found = load_labels(config.data, self._part, config.holdout, skipped=self._excluded)
-        return None if found is None else torch.from_numpy(found[: len(self)])
+        found = load_labels(config.data, self._part, config.holdout)
+        if found is None:
+            return None
+        numbers = self.source_numbers
+        if len(numbers) and int(numbers.max()) >= len(found):
+            raise ValueError(
+                f"{config.data} has {len(found)} labels in its {self._part} part and had more "
+                "images when the run began; restore the files"
+            )
+        labels = torch.from_numpy(found)[numbers]
+        one_class = self._part == "train" and len(labels.unique()) < 2
+        return None if one_class else labels
 
     def chunks(self, size: int, chosen: Tensor | None = None) -> tuple[Tensor, ...]:
         """The numbers of all images, or the chosen ones, `size` at a time."""
@@ -77,9 +115,14 @@ class ArraySplit(Split):
     """Images held in memory: `pixels` (M, S, S, 3), without the unreadable ones."""
 
     def __init__(
-        self, config: Config, part: Part, pixels: Images, skipped: Mapping[str, str] | None = None
+        self,
+        config: Config,
+        part: Part,
+        pixels: Images,
+        skipped: Mapping[str, str] | None = None,
+        source_numbers: Tensor | None = None,
     ):
-        super().__init__(config, part, skipped)
+        super().__init__(config, part, skipped, source_numbers)
         self.pixels = pixels
 
     def __len__(self) -> int:
@@ -97,9 +140,14 @@ class FileSplit(Split):
     """
 
     def __init__(
-        self, config: Config, part: Part, files: Encoded, excluded: Mapping[str, str] | None = None
+        self,
+        config: Config,
+        part: Part,
+        files: Encoded,
+        excluded: Mapping[str, str] | None = None,
+        source_numbers: Tensor | None = None,
     ):
-        super().__init__(config, part, excluded)
+        super().__init__(config, part, excluded, source_numbers)
         self.files = files
         self._unreadable = UnreadableImages(len(files), config.on_corrupt, config.corrupt_quota)
 
@@ -148,33 +196,38 @@ class FileSplit(Split):
 
 def open_split(config: Config, part: Part, *, hold: bool = False) -> Split:
     """One part of the run's data: an array in memory, or files that are decoded on demand, or with
-    `hold` now and held in memory."""
-    count = config.train_images or None if part == "train" else None
+    `hold` now and held in memory. Of the training part, `train_images` drawn by the seed."""
+    count = config.train_images if part == "train" else 0
     if not is_encoded(config.data):
-        return ArraySplit(config, part, load_array(config.data, part, config.holdout)[:count])
+        pixels = load_array(config.data, part, config.holdout)
+        chosen = sample_indices(len(pixels), count, config.seed)
+        if len(chosen) < len(pixels):
+            pixels = pixels[chosen.numpy()]
+        return ArraySplit(config, part, pixels, source_numbers=chosen)
     files = open_files(config.data, part, config.holdout)
-    if hold:
-        return _decode_all(config, part, FileSplit(config, part, files), count)
-    return FileSplit(config, part, files.select(range(len(files))[:count]))
+    chosen = sample_indices(len(files), count, config.seed)
+    split = FileSplit(config, part, files.select(chosen.tolist()), source_numbers=chosen)
+    return _decode_all(config, part, split) if hold else split
 
 
-def _decode_all(config: Config, part: Part, split: FileSplit, count: int | None) -> ArraySplit:
-    """The first `count` readable images of `split`, decoded."""
+def _decode_all(config: Config, part: Part, split: FileSplit) -> ArraySplit:
+    """The readable images of `split`, decoded."""
     size = config.load_size
-    limit = min(count or len(split), len(split))
     require_memory(
-        limit * size * size * 3, f"holding {limit} images of {size} px", "lower --load-size"
+        len(split) * size * size * 3,
+        f"holding {len(split)} images of {size} px",
+        "lower --load-size",
     )
-    pixels = np.empty((limit, size, size, 3), np.uint8)
+    pixels = np.empty((len(split), size, size, 3), np.uint8)
+    readable: list[Tensor] = []
     filled = 0
     for numbers, images in split.batches(split.chunks(256)):
-        taken = min(len(numbers), limit - filled)
-        pixels[filled : filled + taken] = images[:taken]
-        filled += taken
-        if filled == limit:
-            break
+        pixels[filled : filled + len(numbers)] = images
+        filled += len(numbers)
+        readable.append(numbers)
     if not filled:
         raise ValueError(
             f"none of {len(split)} images can be read; `fastssl doctor` lists the reasons"
         )
-    return ArraySplit(config, part, pixels[:filled], split.skipped)
+    source_numbers = split.source_numbers[torch.cat(readable)]
+    return ArraySplit(config, part, pixels[:filled], split.skipped, source_numbers)

@@ -46,17 +46,16 @@ def extract(
     for numbers, images in split.batches(chunks):
         if len(numbers):
             found.append((numbers, {name: f(images) for name, f in functions.items()}))
-    gathered = ranks.gather_to_main(found)
-    parts = _interleave(gathered) if gathered else []
+    parts = interleave(ranks.gather_to_main(found))
     if not parts:
         return torch.empty(0, dtype=torch.int64), {}
     numbers = torch.cat([part for part, _ in parts])
     return numbers, {name: torch.cat([rows[name] for _, rows in parts]) for name in functions}
 
 
-def _interleave(by_rank: list[list[Item]]) -> list[Item]:
+def interleave(by_rank: list[list[Item]]) -> list[Item]:
     """The first of every rank, then the second of every rank, and so on."""
-    longest = max(len(items) for items in by_rank)
+    longest = max((len(items) for items in by_rank), default=0)
     return [items[k] for k in range(longest) for items in by_rank if k < len(items)]
 
 

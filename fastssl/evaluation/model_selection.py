@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastssl.data.splits import open_split
+from fastssl.data.splits import open_split, sample_indices
 from fastssl.evaluation.spectrum import (
     RANKME_SAMPLES,
     alpha_req,
@@ -54,21 +54,23 @@ def measure_quality(
     without "embeddings" where the method has no projector; cached in the folder's rank.json.
 
     RankMe, effective rank and alpha-ReQ of the centre view of up to `samples` images; LiDAR of
-    `views` augmented views of up to `images`. Reads no labels. ValueError where `views` is below 2.
+    `views` augmented views of up to `images`; both drawn by the run's seed. Reads no labels.
+    ValueError where `views` is below 2.
     """
     if views < 2 or samples < 2 or images < 2:
         raise ValueError(
             f"--samples is {samples}, --images {images}, --views {views}: each must be at least 2"
         )
-    settings = {"samples": samples, "images": images, "views": views}
+    seed = read_config(folder).seed
+    settings = {"samples": samples, "images": images, "views": views, "seed": seed}
     path = folder / FILE
     if path.is_file() and (cached := json.loads(path.read_text()))["settings"] == settings:
         return _from_json(cached["quality"])
     run = load_trained_run(folder, log)
     split = open_split(run.config, "train")
-    numbers = torch.arange(len(split))
-    centre = run.centre_features(split, numbers[:samples])  # (M, F)
-    found = run.view_features(split, views, run.backbone, numbers[:images])
+    centre = run.centre_features(split, sample_indices(len(split), samples, seed))  # (M, F)
+    chosen = sample_indices(len(split), images, seed)
+    found = run.view_features(split, views, run.backbone, chosen)
     augmented = torch.cat([rows for _, rows in found])  # (M, V, F)
     quality = {"features": _criteria(centre, augmented)}
     if run.projector is not None:

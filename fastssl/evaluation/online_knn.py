@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.config import Config
-from fastssl.data.splits import Split
+from fastssl.data.splits import Split, sample_indices
 from fastssl.distributed import SINGLE_PROCESS, Ranks
 from fastssl.evaluation.features import centre_features, extract
 from fastssl.evaluation.probes import knn_accuracy
@@ -24,15 +24,23 @@ IMAGES = 10_000  # of each part, at most
 class OnlineKNN:
     """kNN accuracy of a backbone on the test part, appended to `path`: step, train_s, knn.
 
-    ValueError where the data has no labels.
+    Of parts with more than IMAGES images, as many are drawn by the seed, the same at every call.
+    ValueError where the data has no classes or no test part.
     """
 
     def __init__(
         self, path: Path, config: Config, train: Split, test: Split, ranks: Ranks = SINGLE_PROCESS
     ):
+        if not len(test):
+            raise ValueError(
+                "--probe-epochs needs a test part; raise --holdout above 0, or drop it"
+            )
         labels = train.labels(), test.labels()
         if labels[0] is None or labels[1] is None:
-            raise ValueError(f"--probe-epochs needs labels, and {config.data} has none; drop it")
+            raise ValueError(
+                f"--probe-epochs needs labels of two classes or more, and {config.data} has none; "
+                "drop it"
+            )
         self._path, self._config, self._ranks = path, config, ranks
         self._parts = [(train, labels[0]), (test, labels[1])]
 
@@ -64,7 +72,7 @@ class OnlineKNN:
 
     def _features(self, backbone: nn.Module, split: Split, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Centre-view features and labels of up to IMAGES images; empty on all ranks but rank 0."""
-        chosen = torch.arange(0, len(split), max(1, len(split) // IMAGES))
+        chosen = sample_indices(len(split), IMAGES, self._config.seed)
         function = partial(centre_features, self._config, backbone)
         numbers, rows = extract(split, {"centre": function}, chosen=chosen, ranks=self._ranks)
         return rows.get("centre", torch.empty(0)), labels[numbers]

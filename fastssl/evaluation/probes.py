@@ -8,9 +8,10 @@ Shapes: M data set, F features, K classes.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal
+from functools import cached_property, partial
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,6 +22,9 @@ from torch.nn import functional
 LabelBudget = int | str | None
 LABELS_PER_CLASS: tuple[LabelBudget, ...] = (None, 10, 5, 1)
 ALL_LABELS: tuple[LabelBudget, ...] = (None, "10%", "1%", 10, 5, 1)
+# Multiply-adds of one product of features and weights, below which several threads do not save
+# time: a fit is hundreds of products, and after each the threads wait for one another.
+FEW_MULTIPLY_ADDS = 2**24
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,19 @@ def knn_accuracy(
     return correct / len(test)
 
 
+@contextmanager
+def _threads_for(multiply_adds: int) -> Iterator[None]:
+    """One thread for products of so few multiply-adds that several slow them down; then as many as
+    before."""
+    threads = torch.get_num_threads()
+    if multiply_adds < FEW_MULTIPLY_ADDS:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def linear_probe(
     features: Tensor, labels: Tensor, *, c: float = 1.0, iterations: int = 200
 ) -> tuple[Tensor, Tensor]:
@@ -84,7 +101,8 @@ def linear_probe(
         loss.backward()
         return loss
 
-    optimizer.step(closure)
+    with _threads_for(weight.numel() * len(features)):
+        optimizer.step(closure)
     return weight.detach(), bias.detach()
 
 
@@ -151,19 +169,20 @@ def sgd_probe(
             momentum=settings.momentum,
             weight_decay=settings.weight_decay,
         )
-    for epoch in range(settings.epochs):
-        if settings.cosine:
-            share = (1 + math.cos(math.pi * epoch / settings.epochs)) / 2
-            optimizer.param_groups[0]["lr"] = settings.lr * share
-        for rows in torch.randperm(len(labels), generator=generator).split(settings.batch_size):
-            loss = functional.cross_entropy(
-                features[rows] @ weight.T + bias,
-                labels[rows],
-                label_smoothing=settings.label_smoothing,
-            )
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+    with _threads_for(weight.numel() * settings.batch_size):
+        for epoch in range(settings.epochs):
+            if settings.cosine:
+                share = (1 + math.cos(math.pi * epoch / settings.epochs)) / 2
+                optimizer.param_groups[0]["lr"] = settings.lr * share
+            for rows in torch.randperm(len(labels), generator=generator).split(settings.batch_size):
+                loss = functional.cross_entropy(
+                    features[rows] @ weight.T + bias,
+                    labels[rows],
+                    label_smoothing=settings.label_smoothing,
+                )
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
     return weight.detach(), bias.detach()
 
 
@@ -214,43 +233,95 @@ def _count(count: int | str, of: int) -> int:
     return count
 
 
-def evaluate_features(
-    train: Tensor,
-    train_labels: Tensor,
-    test: Tensor,
-    test_labels: Tensor,
+class ProbedFeatures:
+    """Features (M, F) and labels (M,) of the training part, (M', F) and (M',) of the test part, and
+    the accuracies of probes on them."""
+
+    def __init__(self, train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor):
+        self._train, self._train_labels = train, train_labels
+        self._test, self._test_labels = test, test_labels
+
+    def probe(self, probe: Probe, count: LabelBudget, draws: int) -> Accuracy:
+        """The accuracy of `probe` over the samples of `count` labels."""
+        test = self._standardise(self._test) if probe.standardised else self._test
+        accuracies = []
+        for rows in _samples(self._train_labels, count, draws):
+            train = self._train[rows]
+            accuracies.append(
+                linear_probe_accuracy(
+                    self._standardise(train) if probe.standardised else train,
+                    self._train_labels[rows],
+                    test,
+                    self._test_labels,
+                    probe,
+                )
+            )
+        return _mean(accuracies)
+
+    def knn(self, count: LabelBudget, draws: int, *, k: int, temperature: float) -> Accuracy:
+        """The accuracy of the k nearest neighbours over the samples of `count` labels."""
+        accuracies = [
+            knn_accuracy(
+                self._train[rows],
+                self._train_labels[rows],
+                self._test,
+                self._test_labels,
+                k=k,
+                temperature=temperature,
+            )
+            for rows in _samples(self._train_labels, count, draws)
+        ]
+        return _mean(accuracies)
+
+    def _standardise(self, features: Tensor) -> Tensor:
+        mean, scale = self._mean_and_scale
+        return (features - mean) / scale
+
+    @cached_property
+    def _mean_and_scale(self) -> tuple[Tensor, Tensor]:
+        """Of all training features: (F,) each. The scale of constant features is infinite, so that
+        they become 0."""
+        mean, std = self._train.mean(0), self._train.std(0)
+        return mean, torch.where(std > 1e-6 * std.max(), std, torch.inf)
+
+
+def _mean(accuracies: Sequence[float]) -> Accuracy:
+    return Accuracy(float(np.mean(accuracies)), float(np.std(accuracies)))
+
+
+def cell_functions(
     *,
     k: int = 20,
     temperature: float = 0.07,
     draws: int = 10,
     probes: Mapping[str, Probe] = NEUTRAL,
     labels: Sequence[LabelBudget] = LABELS_PER_CLASS,
-) -> dict[str, Accuracy]:
-    """{"linear_all", "knn_all", "linear_10", "knn_10", ..., "knn_1"} -> Accuracy: for each entry of
-    `labels`, each of `probes` under its name there, and kNN."""
-    mean, std = train.mean(0), train.std(0)
-    scale = torch.where(std > 1e-6 * std.max(), std, torch.inf)  # constant features become 0
-    unit = (train - mean) / scale, (test - mean) / scale
-    plain = train, test
-    table = {}
+) -> dict[str, Callable[[ProbedFeatures], Accuracy]]:
+    """The cells of an accuracy table, "linear_all", "knn_all", "linear_10", ..., "knn_1": for each
+    entry of `labels`, each of `probes` under its name there, and kNN."""
+    cells: dict[str, Callable[[ProbedFeatures], Accuracy]] = {}
     for count in labels:
-        chosen = list(_samples(train_labels, count, draws))
-        found: dict[str, list[float]] = {}
         for name, probe in probes.items():
-            train_x, test_x = unit if probe.standardised else plain
-            found[name] = [
-                linear_probe_accuracy(train_x[i], train_labels[i], test_x, test_labels, probe)
-                for i in chosen
-            ]
-        found["knn"] = [
-            knn_accuracy(train[i], train_labels[i], test, test_labels, k=k, temperature=temperature)
-            for i in chosen
-        ]
-        for name, values in found.items():
-            table[f"{name}_{count or 'all'}"] = Accuracy(
-                float(np.mean(values)), float(np.std(values))
+            cells[f"{name}_{count or 'all'}"] = partial(
+                ProbedFeatures.probe, probe=probe, count=count, draws=draws
             )
-    return table
+        cells[f"knn_{count or 'all'}"] = partial(
+            ProbedFeatures.knn, count=count, draws=draws, k=k, temperature=temperature
+        )
+    return cells
+
+
+def evaluate_features(
+    train: Tensor,
+    train_labels: Tensor,
+    test: Tensor,
+    test_labels: Tensor,
+    **settings: Any,
+) -> dict[str, Accuracy]:
+    """The accuracy table of features (M, F), labels (M,) and those of the test part (M', F), (M',):
+    the cells of `cell_functions`, which takes the same settings."""
+    features = ProbedFeatures(train, train_labels, test, test_labels)
+    return {name: cell(features) for name, cell in cell_functions(**settings).items()}
 
 
 def _samples(labels: Tensor, count: LabelBudget, draws: int) -> Iterator[Tensor | slice]:

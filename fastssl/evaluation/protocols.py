@@ -7,20 +7,31 @@ for comparison with their papers. All evaluate the last epoch.
 Shapes: M data set, F features.
 """
 
+import json
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastssl.backbones import load_backbone, seeded_backbone
 from fastssl.config import Config
-from fastssl.data.splits import ArraySplit, Split, open_split
+from fastssl.data.splits import ArraySplit, Split, open_split, sample_indices
 from fastssl.device import choose_device
-from fastssl.distributed import SINGLE_PROCESS, Ranks
-from fastssl.evaluation.features import Function, centre_features, extract, raw_pixels
+from fastssl.distributed import SINGLE_PROCESS, Ranks, init_distributed
+from fastssl.evaluation.features import (
+    Function,
+    centre_features,
+    extract,
+    interleave,
+    raw_pixels,
+)
+from fastssl.evaluation.partial_results import Cell, PartialResults
 from fastssl.evaluation.probes import (
     ALL_LABELS,
     LABELS_PER_CLASS,
@@ -29,13 +40,15 @@ from fastssl.evaluation.probes import (
     Accuracy,
     LabelBudget,
     Probe,
+    ProbedFeatures,
     SGDSettings,
-    evaluate_features,
+    cell_functions,
     sgd_probe,
 )
+from fastssl.evaluation.progress import Progress
 from fastssl.evaluation.spectrum import RANKME_SAMPLES, rankme
 from fastssl.evaluation.trained_run import Network, TrainedRun, load_trained_run
-from fastssl.runtime.run_dir import read_config
+from fastssl.runtime.run_dir import flat, read_config, write_text
 
 RAW_PIXELS_STREAMED = 2048  # images, of both parts
 
@@ -90,70 +103,249 @@ PROTOCOLS: dict[str, Protocol] = {
 
 
 @dataclass(frozen=True)
-class RunFeatures:
+class Features:
     """Features of both parts of a run's data, by kind: (train (M, F), test (M', F)), in the order
-    in which they are reported; their labels (M,) and (M',), None where the data has none."""
+    in which they are reported; their labels (M,) and (M',), None where there are no classes or no
+    test part; and the unreadable images of each part by name, with the reason."""
 
     by_kind: dict[str, tuple[Tensor, Tensor]]
     labels: tuple[Tensor, Tensor] | None
+    skipped: tuple[dict[str, str], dict[str, str]]
 
 
-def run_features(
-    config: Config, folder: Path, train: Split, test: Split, ranks: Ranks = SINGLE_PROCESS
-) -> RunFeatures:
-    """What a run is evaluated on, extracted over all ranks; complete on rank 0 alone.
+@dataclass(frozen=True)
+class Evaluation:
+    """The accuracy table, empty where the data has no classes or no test part; RankMe of the
+    pretrained features; the unreadable images of each part by name, with the reason."""
+
+    table: Table
+    rankme: float
+    skipped: tuple[dict[str, str], dict[str, str]]
+
+
+def evaluate(
+    config: Config,
+    folder: Path,
+    train: Split,
+    test: Split,
+    log: Callable[[str], None],
+    *,
+    ranks: Ranks = SINGLE_PROCESS,
+    probes: Mapping[str, Probe] = NEUTRAL,
+    labels_used: Sequence[LabelBudget] = LABELS_PER_CLASS,
+) -> Evaluation:
+    """Evaluate the backbone of the run in `folder` by one centre view of each image; a collective
+    call, which returns the same on every rank.
+
+    The ranks share the extraction of the features and the probes. Killed, it resumes from what it
+    had finished. `log` takes a line of progress at intervals.
+    """
+    extracted = partial(_neutral_features, config, folder, train, test, ranks)
+    settings = {"protocol": "neutral"}
+    return _evaluate(config, folder, settings, extracted, log, ranks, probes, labels_used)
+
+
+def _evaluate(
+    config: Config,
+    folder: Path,
+    settings: Mapping[str, Any],
+    extracted: Callable[[Progress], Features],
+    log: Callable[[str], None],
+    ranks: Ranks,
+    probes: Mapping[str, Probe],
+    labels_used: Sequence[LabelBudget],
+) -> Evaluation:
+    """The evaluation of the features that `extracted` returns, on rank 0 all of them; `settings`
+    are those that `config` has not."""
+    knobs = {name: value for name, value in flat(config).items() if name != "run"}
+    described = {name: _description(probe) for name, probe in probes.items()}
+    partial_results = PartialResults(folder, {**knobs, **settings, "probes": described}, log)
+    with Progress(log) as progress:
+        features, shared = _shared_features(partial_results, extracted, ranks, progress)
+        rank, table = 0.0, {}
+        if ranks.is_main and (pretrained := features.by_kind.get("pretrained")):
+            progress.doing = "RankMe"
+            rows = pretrained[0]
+            rank = rankme(rows[sample_indices(len(rows), RANKME_SAMPLES, config.seed)])
+        cells = cell_functions(
+            k=config.knn_k,
+            temperature=config.knn_temperature,
+            draws=config.label_draws,
+            probes=probes,
+            labels=labels_used,
+        )
+        share = ranks if shared else SINGLE_PROCESS
+        mine = _accuracies(features, cells, partial_results, share, progress)
+        progress.doing = "waiting for the other ranks"
+        found: dict[Cell, Accuracy] = {}
+        for part in ranks.gather(mine):
+            found |= part
+        if features.labels is not None:
+            table = {k: {name: found[k, name] for name in cells} for k in features.by_kind}
+        rank = ranks.broadcast(rank)
+    if ranks.is_main:
+        partial_results.delete()
+    return Evaluation(table, rank, features.skipped)
+
+
+def _description(probe: Probe) -> str:
+    """Equal for probes that are fitted alike, in any process."""
+    fit = probe.fit if isinstance(probe.fit, partial) else partial(probe.fit)
+    return f"{fit.func.__qualname__} {fit.keywords}, standardised {probe.standardised}"
+
+
+def _shared_features(
+    partial_results: PartialResults,
+    extracted: Callable[[Progress], Features],
+    ranks: Ranks,
+    progress: Progress,
+) -> tuple[Features, bool]:
+    """(the features, whether every rank has them): those of an evaluation that was killed, or new
+    ones, which the other ranks read from the file that rank 0 writes."""
+    saved = partial_results.load_features()
+    (missing,) = ranks.all_reduce_max(saved is None)
+    if missing:
+        features = extracted(progress)
+        if ranks.is_main:
+            progress.doing = "saving the features"
+            partial_results.save_features(vars(features))
+        ranks.barrier()
+        saved = None if ranks.is_main else partial_results.load_features()
+        (missing,) = ranks.all_reduce_max(saved is None and not ranks.is_main)
+        if saved is None or missing:
+            return features, not missing
+    assert saved is not None
+    return Features(**saved), True
+
+
+def _accuracies(
+    features: Features,
+    cells: Mapping[str, Callable[[ProbedFeatures], Accuracy]],
+    partial_results: PartialResults,
+    ranks: Ranks,
+    progress: Progress,
+) -> dict[Cell, Accuracy]:
+    """This rank's share of the table's cells, and those that were computed before."""
+    if features.labels is None:
+        return {}
+    train_labels, test_labels = features.labels
+    probed = {
+        kind: ProbedFeatures(train, train_labels, test, test_labels)
+        for kind, (train, test) in features.by_kind.items()
+    }
+    found = partial_results.load_accuracies()
+    # Kinds vary fastest: the cells of all labels, the slowest by far, come first and are shared.
+    # Every second round goes backwards, or with two ranks the first would get most linear probes.
+    order = [*range(ranks.world), *reversed(range(ranks.world))]
+    share = [
+        (kind, name)
+        for (kind, name), rank in zip(
+            ((kind, name) for name in cells for kind in probed), cycle(order), strict=False
+        )
+        if rank == ranks.rank
+    ]
+    for number, (kind, name) in enumerate(share, 1):
+        if (kind, name) not in found:
+            progress.doing = f"{name} of {kind} features, {number} of {len(share)} probes"
+            found[kind, name] = cells[name](probed[kind])
+            partial_results.save_accuracies(ranks.rank, found)
+    return found
+
+
+def _neutral_features(
+    config: Config, folder: Path, train: Split, test: Split, ranks: Ranks, progress: Progress
+) -> Features:
+    """One centre view of each image, extracted over all ranks; complete on rank 0 alone.
 
     With labels the untrained backbone and raw pixels are evaluated too; raw pixels of streamed
-    images only where they are few, since their features are larger than the images.
+    images only where they are few, since their features are larger than the images. Without labels
+    no more than the images of RankMe are read.
     """
     device = choose_device(config.device)
     pretrained = seeded_backbone(config, device)
     load_backbone(folder / "backbone.safetensors", pretrained)
     functions: dict[str, Function] = {"pretrained": partial(centre_features, config, pretrained)}
-    labels = train.labels(), test.labels()
-    if labels[0] is not None and labels[1] is not None:
-        untrained = seeded_backbone(config, device)
-        functions = {"untrained": partial(centre_features, config, untrained), **functions}
-        held = config.engine == "resident" or isinstance(train, ArraySplit)
-        if held or len(train) + len(test) <= RAW_PIXELS_STREAMED:
-            functions = {"raw pixels": raw_pixels, **functions}
+    labels = _labels(train, test)
+    if labels is None:
+        chosen = sample_indices(len(train), RANKME_SAMPLES, config.seed)
+        progress.doing = f"features of {len(chosen)} training images"
+        _, rows = extract(train, functions, chosen=chosen, ranks=ranks)
+        by_kind = {name: (x, x.new_empty(0, x.shape[1])) for name, x in rows.items()}
+        return Features(by_kind, None, (_skipped(train, ranks), {}))
+    untrained = seeded_backbone(config, device)
+    functions = {"untrained": partial(centre_features, config, untrained), **functions}
+    held = config.engine == "resident" or isinstance(train, ArraySplit)
+    if held or len(train) + len(test) <= RAW_PIXELS_STREAMED:
+        functions = {"raw pixels": raw_pixels, **functions}
+    progress.doing = f"features of {len(train)} training images"
     train_numbers, train_rows = extract(train, functions, ranks=ranks)
+    progress.doing = f"features of {len(test)} test images"
     test_numbers, test_rows = extract(test, functions, ranks=ranks)
-    by_kind = {name: (train_rows[name], test_rows[name]) for name in train_rows}
-    if labels[0] is None or labels[1] is None:
-        return RunFeatures(by_kind, None)
-    return RunFeatures(by_kind, (labels[0][train_numbers], labels[1][test_numbers]))
+    return Features(
+        {name: (train_rows[name], test_rows[name]) for name in train_rows},
+        (labels[0][train_numbers], labels[1][test_numbers]),
+        (_skipped(train, ranks), _skipped(test, ranks)),
+    )
 
 
-def score(
-    config: Config,
-    features: RunFeatures,
-    *,
-    probes: Mapping[str, Probe] = NEUTRAL,
-    labels_used: Sequence[LabelBudget] = LABELS_PER_CLASS,
-) -> tuple[Table, float]:
-    """(accuracies, an empty table where the data has no labels; RankMe of the pretrained
-    features)."""
-    rank = rankme(features.by_kind["pretrained"][0][:RANKME_SAMPLES])
-    table: Table = {}
-    if features.labels is not None:
-        train_y, test_y = features.labels
-        for kind, (train_x, test_x) in features.by_kind.items():
-            table[kind] = _cells(config, train_x, train_y, test_x, test_y, probes, labels_used)
-    return table, rank
+def _labels(train: Split, test: Split) -> tuple[Tensor, Tensor] | None:
+    """The labels of both parts; None where there are no classes or no test part."""
+    if not len(test):
+        return None
+    labels = train.labels(), test.labels()
+    return None if labels[0] is None or labels[1] is None else (labels[0], labels[1])
+
+
+def _skipped(split: Split, ranks: Ranks) -> dict[str, str]:
+    """The unreadable images that any rank has met, by name, with the reason."""
+    return {name: why for part in ranks.gather(dict(split.skipped)) for name, why in part.items()}
 
 
 def evaluate_run(
     folder: Path,
+    log: Callable[[str], None] = print,
     *,
     probes: Mapping[str, Probe] = NEUTRAL,
     labels_used: Sequence[LabelBudget] = LABELS_PER_CLASS,
 ) -> tuple[Table, float]:
-    """`score` of a finished run, from its folder."""
+    """(the accuracy table, RankMe) of a finished run, from its folder; the ranks of a torchrun
+    launch share it. The summary of a run with --no-eval gets them."""
+    begin = time.perf_counter()
     config = read_config(folder)
     train, test = open_split(config, "train"), open_split(config, "test")
-    features = run_features(config, folder, train, test)
-    return score(config, features, probes=probes, labels_used=labels_used)
+    with init_distributed(config.device) as ranks:
+        found = evaluate(
+            config,
+            folder,
+            train,
+            test,
+            log if ranks.is_main else _discard,
+            ranks=ranks,
+            probes=probes,
+            labels_used=labels_used,
+        )
+        path = folder / "summary.json"
+        if ranks.is_main and path.is_file():
+            summary = json.loads(path.read_text())
+            if summary["rankme"] is None:
+                spent_s = time.perf_counter() - begin
+                results = evaluation_summary(found, spent_s)
+                write_text(path, json.dumps(summary | results, indent=2))
+    return found.table, found.rankme
+
+
+def evaluation_summary(found: Evaluation | None, evaluate_s: float) -> dict[str, Any]:
+    """The fields of summary.json that an evaluation gives; without one, those of --no-eval."""
+    table = found.table if found else {}
+    return {
+        "accuracy": {row: {k: asdict(cell) for k, cell in table[row].items()} for row in table},
+        "rankme": found.rankme if found else None,
+        "evaluate_s": round(evaluate_s, 2),
+    }
+
+
+def _discard(line: str) -> None:
+    """The log of every rank but rank 0."""
 
 
 def evaluate_protocol(
@@ -165,10 +357,11 @@ def evaluate_protocol(
     views: int | None = None,
 ) -> Table:
     """The accuracy table of a finished run under a protocol, with all labels, 10 %, 1 %, and 10, 5,
-    1 per class. probes: names of PROBES; by default the protocol's. views: replaces its number.
+    1 per class; the ranks of a torchrun launch share it. probes: names of PROBES; by default the
+    protocol's. views: replaces its number.
 
-    ValueError where the data has no labels, where views do not fit the protocol, or where it probes
-    a projector and the method has none.
+    ValueError where the data has no classes or no test part, where views do not fit the protocol,
+    or where it probes a projector and the method has none.
     """
     protocol = PROTOCOLS[name]
     count = views or protocol.views
@@ -178,45 +371,43 @@ def evaluate_protocol(
             if name != "neutral"
             else f"--views is {count}: protocol neutral has one; --protocol multiview averages them"
         )
-    chosen = _chosen(protocol, probes)
+    config, chosen = read_config(folder), _chosen(protocol, probes)
+    parts = open_split(config, "train"), open_split(config, "test")
+    _require_labels(parts, folder)
     if name == "neutral":
-        table, _ = evaluate_run(folder, probes=chosen, labels_used=ALL_LABELS)
-        _require_labels(bool(table), folder)
-        return table
-    run = load_trained_run(folder, log)
-    network = _network(protocol, run, name)
-    features, labels = [], []
-    for split in (open_split(run.config, "train"), open_split(run.config, "test")):
-        found = split.labels()
-        _require_labels(found is not None, folder)
-        assert found is not None
-        numbers, rows = _average(run, split, network, count, protocol.centre)
-        features.append(rows)
-        labels.append(found[numbers])
-    cells = _cells(run.config, features[0], labels[0], features[1], labels[1], chosen, ALL_LABELS)
-    return {f"pretrained, {name} ({count} views)": cells}
+        return evaluate_run(folder, log, probes=chosen, labels_used=ALL_LABELS)[0]
+    with init_distributed(config.device) as ranks:
+        log = log if ranks.is_main else _discard
+        run = load_trained_run(folder, log)
+        network = _network(protocol, run, name)
+        kind = f"pretrained, {name} ({count} views)"
+        extracted = partial(_view_features, run, parts, network, count, protocol, kind, ranks)
+        settings = {"protocol": name, "count": count}
+        found = _evaluate(config, folder, settings, extracted, log, ranks, chosen, ALL_LABELS)
+    return found.table
 
 
-def _cells(
-    config: Config,
-    train: Tensor,
-    train_labels: Tensor,
-    test: Tensor,
-    test_labels: Tensor,
-    probes: Mapping[str, Probe],
-    labels_used: Sequence[LabelBudget],
-) -> dict[str, Accuracy]:
-    return evaluate_features(
-        train,
-        train_labels,
-        test,
-        test_labels,
-        k=config.knn_k,
-        temperature=config.knn_temperature,
-        draws=config.label_draws,
-        probes=probes,
-        labels=labels_used,
-    )
+def _view_features(
+    run: TrainedRun,
+    parts: tuple[Split, Split],
+    network: Network,
+    views: int,
+    protocol: Protocol,
+    kind: str,
+    ranks: Ranks,
+    progress: Progress,
+) -> Features:
+    """Features averaged over views, extracted over all ranks; complete on rank 0 alone."""
+    labels = _labels(*parts)
+    assert labels is not None  # they have been required
+    rows, known = [], []
+    for split, found in zip(parts, labels, strict=True):
+        progress.doing = f"{views} views of {len(split)} images"
+        numbers, averages = _average(run, split, network, views, protocol.centre, ranks)
+        rows.append(averages)
+        known.append(found[numbers])
+    skipped = _skipped(parts[0], ranks), _skipped(parts[1], ranks)
+    return Features({kind: (rows[0], rows[1])}, (known[0], known[1]), skipped)
 
 
 def _chosen(protocol: Protocol, probes: tuple[str, ...]) -> Mapping[str, Probe]:
@@ -225,10 +416,11 @@ def _chosen(protocol: Protocol, probes: tuple[str, ...]) -> Mapping[str, Probe]:
     return {"linear": protocol.probe}
 
 
-def _require_labels(available: bool, folder: Path) -> None:
-    if not available:
+def _require_labels(parts: tuple[Split, Split], folder: Path) -> None:
+    if _labels(*parts) is None:
+        lacks = "labels of two classes or more" if len(parts[1]) else "test part"
         raise ValueError(
-            f"the data of {folder} has no labels, so no probe can be trained; "
+            f"the data of {folder} has no {lacks}, so no probe can be evaluated; "
             f"`fastssl rank {folder}` needs none"
         )
 
@@ -246,12 +438,25 @@ def _network(protocol: Protocol, run: TrainedRun, name: str) -> Network:
 
 
 def _average(
-    run: TrainedRun, split: Split, network: Network, views: int, centre: bool
+    run: TrainedRun,
+    split: Split,
+    network: Network,
+    views: int,
+    centre: bool,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> tuple[Tensor, Tensor]:
     """The numbers (M,) of the readable images of `split`, and the mean of their features over views
-    (M, F), with or without the centre view."""
+    (M, F), with or without the centre view; empty on all ranks but rank 0."""
     augmented = views - 1 if centre else views
-    found = list(run.view_features(split, augmented, network))
-    numbers = torch.cat([part for part, _ in found])
-    total = torch.cat([rows.sum(1) for _, rows in found])
-    return numbers, (total + run.centre_features(split) if centre else total) / views
+    found = [
+        (numbers, rows.sum(1))
+        for numbers, rows in run.view_features(split, augmented, network, ranks=ranks)
+    ]
+    parts = interleave(ranks.gather_to_main(found))
+    centres = run.centre_features(split, ranks=ranks) if centre else None
+    if not parts:
+        return torch.empty(0, dtype=torch.int64), torch.empty(0, 0)
+    total = torch.cat([rows for _, rows in parts])
+    return torch.cat([part for part, _ in parts]), (
+        total if centres is None else total + centres
+    ) / views

@@ -17,6 +17,7 @@ from fastssl.config import Config
 from fastssl.data.loading import build_views
 from fastssl.data.splits import Split
 from fastssl.device import choose_device
+from fastssl.distributed import SINGLE_PROCESS, Ranks
 from fastssl.evaluation.features import centre_features, extract
 from fastssl.runtime.checkpoint import load_checkpoint
 from fastssl.runtime.run_dir import read_config
@@ -40,10 +41,14 @@ class TrainedRun:
     backbone: nn.Module
     projector: nn.Sequential | None
 
-    def centre_features(self, split: Split, chosen: Tensor | None = None) -> Tensor:
-        """Features (M, F) of one centre view of the images of `split`, or of the chosen ones."""
+    def centre_features(
+        self, split: Split, chosen: Tensor | None = None, ranks: Ranks = SINGLE_PROCESS
+    ) -> Tensor:
+        """Features (M, F) of one centre view of the images of `split`, or of the chosen ones; a
+        collective call, which returns all of them on rank 0, none on the others."""
         function = partial(centre_features, self.config, self.backbone)
-        return extract(split, {"centre": function}, chosen=chosen)[1]["centre"]
+        _, rows = extract(split, {"centre": function}, chosen=chosen, ranks=ranks)
+        return rows.get("centre", torch.empty(0, 0))
 
     def training_views(self, count: int) -> tuple[View, ...]:
         """`count` views of the run's policy, repeated in order."""
@@ -51,14 +56,19 @@ class TrainedRun:
 
     @torch.no_grad()
     def view_features(
-        self, split: Split, count: int, network: Network, chosen: Tensor | None = None
+        self,
+        split: Split,
+        count: int,
+        network: Network,
+        chosen: Tensor | None = None,
+        ranks: Ranks = SINGLE_PROCESS,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """`network` (N, 3, S, S) -> (N, F) of `count` augmented views of the images of `split`, or
         of the chosen ones, a few at a time: (numbers (N,), features (N, V, F) float32 on the CPU).
-        The same views at every call."""
+        The same views at every call; of several ranks, each has its share."""
         views, seed = self.training_views(count), self.config.seed
         chunks = split.chunks(max(1, VIEWS_AT_ONCE // count), chosen)
-        for numbers, pixels in split.batches(chunks):
+        for numbers, pixels in split.batches(chunks[ranks.rank :: ranks.world]):
             images, index = as_images(pixels).to(self.device), numbers.to(self.device)
             rendered, _ = views_of(images, views, seed, EPOCH, index)
             rows = network(torch.cat(list(rendered))).float().cpu()

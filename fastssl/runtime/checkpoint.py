@@ -137,6 +137,7 @@ class TrainCheckpointer:
         state["progress"] = asdict(at)
         if self._ranks.is_main:
             save_checkpoint(self._folder, at.step, state)
+        self._ranks.barrier()  # else the others wait for rank 0 in a collective with a timeout
 
     def load(self, log: Callable[[str], None]) -> TrainState:
         """Restore the newest valid checkpoint; the initial state where there is none.

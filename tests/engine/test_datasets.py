@@ -11,7 +11,7 @@ from PIL import Image
 
 from fastssl.config import Config
 from fastssl.data.datasets import Images, Part, load_labels
-from fastssl.data.splits import ArraySplit, FileSplit, Split, open_split
+from fastssl.data.splits import ArraySplit, FileSplit, Split, open_split, sample_indices
 from fastssl_pipelines.memory import require_memory
 from fastssl_pipelines.sources.convert import convert
 from tests.helpers.requires import needs
@@ -261,3 +261,77 @@ def test_labels_follow_the_images(tmp_path: Path) -> None:
         assert labels is not None and len(labels) == len(split)
         for numbers, images in split.batches(split.chunks(3)):
             np.testing.assert_array_equal(images[:, 0, 0, 0] // 100, labels[numbers])
+
+
+def test_a_sample_is_drawn_by_its_seed() -> None:
+    sample = sample_indices(1000, 100, seed=3)
+    assert torch.equal(sample, sample.unique()) and len(sample) == 100  # ascending, distinct
+    assert torch.equal(sample, sample_indices(1000, 100, seed=3))
+    assert not torch.equal(sample, sample_indices(1000, 100, seed=4))
+    assert [int((sample // 250 == k).sum()) for k in range(4)] == pytest.approx([25] * 4, abs=12)
+    for count in (0, 7, 8):
+        assert sample_indices(7, count, seed=0).tolist() == list(range(7))
+
+
+def test_train_images_of_sorted_classes_are_of_all_classes(tmp_path: Path) -> None:
+    """In an array, in files held in memory and in files read on demand, each with its label."""
+    for number, name in enumerate(("ant", "bee", "cat")):
+        (tmp_path / "x" / name).mkdir(parents=True)
+        for k in range(20):
+            pixels = Image.new("RGB", (16, 16), (80 * number + k, 0, 0))
+            pixels.save(tmp_path / "x" / name / f"{k:02d}.png")
+    config = Config(data=str(tmp_path / "x"), load_size=16, corrupt_quota=0.5, train_images=12)
+    files = open_split(config, "train")
+    assert isinstance(files, FileSplit)
+    names = files.files.names
+    Path(names[4]).write_bytes(b"broken")
+    all_images = open_split(Config(data=config.data, load_size=16, corrupt_quota=0.5), "train")
+    array = np.concatenate([images for _, images in all_images.batches(all_images.chunks(64))])
+    sorted_labels = array[:, 0, 0, 0] // 80
+    np.savez(tmp_path / "x.npz", x_train=array, y_train=sorted_labels, x_test=array)
+    in_array = open_split(Config(data=str(tmp_path / "x.npz"), train_images=12), "train")
+    for split, count in (
+        (files, 11),
+        (open_split(config, "train", hold=True), 11),
+        (in_array, 12),
+    ):
+        labels = split.labels()
+        assert labels is not None and set(labels.tolist()) == {0, 1, 2}
+        found = 0
+        for numbers, images in split.batches(split.chunks(5)):
+            np.testing.assert_array_equal(images[:, 0, 0, 0] // 80, labels[numbers])
+            found += len(images)
+        assert found == count
+    other = open_split(Config(data=config.data, load_size=16, train_images=12, seed=1), "train")
+    assert other.files.names != names  # type: ignore[attr-defined]
+
+
+def test_without_a_held_out_part_all_images_train(tmp_path: Path) -> None:
+    write_images(tmp_path / "x" / "ant", 5)
+    write_images(tmp_path / "x" / "bee", 4)
+    np.savez(tmp_path / "x.npz", x_train=np.zeros((9, 8, 8, 3), np.uint8), y_train=np.arange(9))
+    for data in (tmp_path / "x", tmp_path / "x.npz"):
+        config = Config(data=str(data), load_size=8, holdout=0.0)
+        train, test = open_split(config, "train"), open_split(config, "test")
+        assert (len(train), len(test)) == (9, 0)
+        assert sum(len(images) for _, images in test.batches(test.chunks(4))) == 0
+        labels = train.labels()
+        assert labels is not None and len(labels) == 9
+
+
+@pytest.mark.parametrize("folder", ["x/images", "x/train/images"])
+def test_a_single_folder_of_images_is_no_class(folder: str, tmp_path: Path) -> None:
+    write_images(tmp_path / folder, 10)
+    if "train" in folder:
+        write_images(tmp_path / "x/test/images", 5)
+    config = Config(data=str(tmp_path / "x"), load_size=8)
+    assert open_split(config, "train").labels() is None
+
+
+def test_files_that_vanish_are_named_by_their_labels(tmp_path: Path) -> None:
+    for name in ("ant", "bee"):
+        write_images(tmp_path / name, 6)
+    split = open_split(Config(data=str(tmp_path), load_size=8, holdout=0.0), "train")
+    (tmp_path / "bee" / "3.png").unlink()
+    with pytest.raises(ValueError, match=r"has 11 labels in its train part .* restore the files"):
+        split.labels()

@@ -1,9 +1,16 @@
 """Ranks: W of them with batches of N / W take the step of one with N; a run whose rank dies resumes
 on another number of ranks."""
 
+import json
 import os
+import signal
+import subprocess
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from datetime import timedelta
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+import fastssl
 import fastssl.train
+from fastssl.cli import run
+from fastssl.data.splits import ArraySplit
 from fastssl.distributed import (
     SINGLE_PROCESS,
     Ranks,
@@ -20,13 +30,16 @@ from fastssl.distributed import (
     init_distributed,
     rank_batch,
 )
+from fastssl.evaluation.probes import ProbedFeatures
+from fastssl.evaluation.protocols import evaluate_run
 from fastssl.objectives import METHODS, build_objective, configured
 from fastssl.objectives.oracles import LabelOracle, uses_oracle
 from fastssl.pretrain import pretrain
 from fastssl.recipes import recipe_config
+from fastssl.runtime.checkpoint import save_checkpoint
 from fastssl.runtime.metrics_log import read_metrics
 from fastssl.step import Model, Step, _data_parallel
-from tests.helpers.gloo import on_ranks
+from tests.helpers.gloo import on_launched_ranks, on_ranks
 
 N, F, M = 8, 6, 24  # a batch, features, the data set
 SMALL = recipe_config("digits-barlow", projector_width=16, lambd=None)
@@ -183,3 +196,127 @@ def test_collectives_of_a_single_process() -> None:
         and SINGLE_PROCESS.broadcast(1.5) == 1.5
         and SINGLE_PROCESS.gather("x") == ["x"]
     )
+
+
+TINY = [
+    *("train", "digits-barlow", "--backbone", "fastnet-4", "--epochs", "1", "--device", "cpu"),
+    *("--warmup-epochs", "0", "--projector-width", "16", "--label-draws", "1"),
+    *("--global-batch", "256"),
+]
+
+
+def command(rank: int, folder: str) -> tuple[int, str, str, float]:
+    """`fastssl train` as on a rank of torchrun: exit code, stdout, stderr, seconds."""
+    begin = time.monotonic()
+    with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
+        code = run([*TINY, "--run", folder])
+    return code, out.getvalue(), err.getvalue(), time.monotonic() - begin
+
+
+def slow_first_rank(rank: int, world: int, folder: str) -> Any:
+    """A run where collectives time out after 3 s, and rank 0 takes 4 to convert and to save; the
+    budgets of the linear probes that this rank fits, and the images that it extracts."""
+    fastssl.distributed.TIMEOUT = timedelta(seconds=3)
+    cells: list[Any] = []
+    numbers: list[int] = []
+    probe, batches = ProbedFeatures.probe, ArraySplit.batches
+
+    def recorded(self: ProbedFeatures, **named: Any) -> Any:
+        cells.append(named["count"])
+        return probe(self, **named)
+
+    def slow(function: Any) -> Any:
+        def slower(*arguments: Any, **named: Any) -> Any:
+            time.sleep(4)
+            return function(*arguments, **named)
+
+        return slower
+
+    def extracted(self: ArraySplit, chunks: Sequence[Tensor]) -> Any:
+        numbers.extend(n for chunk in chunks for n in chunk.tolist())
+        return batches(self, chunks)
+
+    ProbedFeatures.probe = recorded  # type: ignore[method-assign]
+    ArraySplit.batches = extracted  # type: ignore[method-assign]
+    if rank == 0:
+        fastssl.pretrain.open_data = slow(fastssl.pretrain.open_data)
+        fastssl.runtime.checkpoint.save_checkpoint = slow(save_checkpoint)
+    return *command(rank, folder), cells, numbers
+
+
+def test_ranks_wait_for_a_slow_one_and_share_the_evaluation(tmp_path: Path) -> None:
+    """And reach the accuracies of one process."""
+    first, second = on_launched_ranks(2, slow_first_rank, str(tmp_path / "run"))
+    assert first[0] == second[0] == 0, (first, second)
+    assert "accuracy on held-out images" in first[1] and not second[1] and not second[2]
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["ranks"] == 2 and first[3] > 8
+    table, rank = evaluate_run(tmp_path / "run")
+    assert rank == pytest.approx(summary["rankme"], rel=1e-6)
+    for kind, cells in table.items():
+        for name, accuracy in cells.items():
+            assert accuracy.mean == summary["accuracy"][kind][name]["mean"], (kind, name)
+    (cells, numbers), (other_cells, other_numbers) = first[4:], second[4:]
+    assert len(cells) == len(other_cells) == 6  # of 12
+    assert sorted(numbers + other_numbers) == sorted([*range(1438), *range(359)])
+    assert len(other_numbers) > 600
+
+
+FAILURES = {  # rank that fails, None for all; the error -> exit code of all ranks, stderr of each
+    (1, "its disk is gone"): (2, ["", "fastssl: rank 1: its disk is gone\n"]),
+    (None, "all disks are gone"): (2, ["fastssl: all disks are gone\n", ""]),
+    (1, "SIGTERM"): (
+        143,
+        ["fastssl: stopped by SIGTERM; the same command resumes the run\n", ""],
+    ),
+}
+
+
+def failing(rank: int, world: int, folder: str) -> list[tuple[int, str, float]]:
+    """Exit code, stderr and seconds of a run for each of FAILURES, in the third step."""
+    step, ended = Step.__call__, []
+    for case, (failing_rank, error) in enumerate(FAILURES):
+        steps = iter(range(1, 100))
+
+        def fail(
+            self: Step,
+            *arguments: Any,
+            steps: Iterator[int] = steps,
+            here: bool = failing_rank in (None, rank),
+            error: str = error,
+        ) -> Any:
+            if next(steps) == 3 and here:
+                if not error.startswith("SIG"):
+                    raise ValueError(error)
+                signal.raise_signal(signal.Signals[error])
+            return step(self, *arguments)
+
+        Step.__call__ = fail  # type: ignore[method-assign, assignment]
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(case)  # a launch of its own
+        code, _, err, seconds = command(rank, f"{folder}/{case}")
+        ended.append((code, err, seconds))
+    return ended
+
+
+def test_a_failure_ends_all_ranks_and_is_printed_once(tmp_path: Path) -> None:
+    ended = on_launched_ranks(2, failing, str(tmp_path))
+    for (case, (code, lines)), *ranks in zip(FAILURES.items(), *ended, strict=True):
+        assert [err for _, err, _ in ranks] == lines, case
+        assert [found for found, _, _ in ranks] == [code, code], case
+        assert all(seconds < 30 for *_, seconds in ranks), case
+
+
+def test_torchrun_prints_a_mistake_once_and_fails(tmp_path: Path) -> None:
+    flags = ["--nproc-per-node", "2", "-m", "--", "fastssl", *TINY[:2], "--batch-size", "5000"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *flags, "--run", str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 1
+    lines = [line for line in done.stderr.splitlines() if line.startswith("fastssl: ")]
+    assert len(lines) == 1 and "--batch-size 5000 is larger than the data set" in lines[0]
+    assert done.stderr.count("Traceback") == 1  # torchrun's own
+    assert not (tmp_path / "run").exists()

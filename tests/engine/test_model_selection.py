@@ -3,19 +3,22 @@ ranking of runs by each criterion."""
 
 import json
 import math
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from fastssl.data.splits import open_split
+from fastssl.data.splits import ArraySplit, open_split, sample_indices
 from fastssl.evaluation import model_selection
 from fastssl.evaluation.model_selection import measure_quality, rank_runs, require_comparable
 from fastssl.evaluation.spectrum import alpha_req, effective_rank, lidar, rankme
 from fastssl.evaluation.trained_run import load_trained_run
+from fastssl.objectives import configured
 from fastssl.pretrain import pretrain
 from fastssl.recipes import recipe_config
-from fastssl.runtime.run_dir import config_to_json
+from fastssl.runtime.run_dir import config_to_json, read_config
 
 SETTINGS = {"samples": 200, "images": 50, "views": 3}
 
@@ -32,13 +35,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_each_criterion_of_features_and_embeddings(folder: Path) -> None:
     measured = measure_quality(folder, pytest.fail, **SETTINGS)
     run = load_trained_run(folder, pytest.fail)
-    split, numbers = open_split(run.config, "train"), torch.arange(200)
+    split = open_split(run.config, "train")
+    numbers, few = (sample_indices(len(split), count, run.config.seed) for count in (200, 50))
     assert run.projector is not None
     with torch.no_grad():
         centre = run.centre_features(split, numbers)
-        augmented = torch.cat(
-            [rows for _, rows in run.view_features(split, 3, run.backbone, numbers[:50])]
-        )
+        augmented = torch.cat([rows for _, rows in run.view_features(split, 3, run.backbone, few)])
         assert augmented.shape == (50, 3, 32)
         layers = {
             "features": (centre, augmented),
@@ -62,6 +64,28 @@ def test_quality_is_cached_by_its_settings(folder: Path, monkeypatch: pytest.Mon
     assert other["features"]["lidar"] == first["features"]["lidar"]
     monkeypatch.setattr(model_selection, "load_trained_run", pytest.fail)
     assert measure_quality(folder, pytest.fail, **{**SETTINGS, "samples": 100}) == other
+
+
+def test_samples_of_data_sorted_by_class_are_like_all_of_it(folder: Path, tmp_path: Path) -> None:
+    """The same backbone on the same digits, sorted by class as a folder is: the first images are
+    those of one or two classes."""
+    config = read_config(folder)
+    split = open_split(config, "train")
+    labels = split.labels()
+    assert isinstance(split, ArraySplit) and labels is not None
+    order = labels.argsort(stable=True)
+    run = tmp_path / "run"
+    shutil.copytree(folder, run)
+    np.savez(tmp_path / "sorted.npz", x_train=split.pixels[order], x_test=split.pixels[:9])
+    config = configured(config, data=str(tmp_path / "sorted.npz"))
+    (run / "config.json").write_text(config_to_json(config))
+    options = {"views": 3, "images": 150}
+    sample = measure_quality(run, pytest.fail, samples=150, **options)["features"]
+    whole = measure_quality(run, pytest.fail, samples=1438, **options)["features"]
+    trained = load_trained_run(run, pytest.fail)
+    first = rankme(trained.centre_features(open_split(config, "train"), torch.arange(150)))
+    assert abs(sample["rankme"] / whole["rankme"] - 1) < 0.05
+    assert first / whole["rankme"] < 0.85  # else the line above could not fail
 
 
 def test_an_infinite_alpha_is_stored_as_valid_json(folder: Path) -> None:

@@ -11,11 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastssl.evaluation.online_knn import read_probes
+from fastssl.backbones import seeded_backbone
+from fastssl.data.splits import ArraySplit, Split, sample_indices
+from fastssl.distributed import Ranks
+from fastssl.evaluation import online_knn
+from fastssl.evaluation.features import extract
+from fastssl.evaluation.online_knn import OnlineKNN, read_probes
 from fastssl.objectives import configured
 from fastssl.pretrain import pretrain
 from fastssl.recipes import recipe_config
 from fastssl.runtime.metrics_log import read_metrics
+from fastssl.schedule import TrainState
 from fastssl.step import Step
 
 SHORT = recipe_config(
@@ -51,6 +57,35 @@ def test_a_probe_without_labels_is_refused(tmp_path: Path) -> None:
     config = configured(SHORT, data=str(tmp_path / "plain.npz"), batch_size=32, probe_epochs=1)
     with pytest.raises(ValueError, match="--probe-epochs needs labels"):
         pretrain(config, tmp_path / "run", silent)
+
+
+def test_a_probe_without_a_test_part_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--probe-epochs needs a test part; raise --holdout"):
+        pretrain(configured(SHORT, holdout=0.0, probe_epochs=1), tmp_path / "run", silent)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_probe_samples_large_parts_by_the_seed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of images sorted by class; the same ones at every probe."""
+    probed: list[list[int]] = []
+
+    def recorded(split: Split, functions: Any, *, chosen: Tensor, ranks: Ranks) -> Any:
+        probed.append(chosen.tolist())
+        return extract(split, functions, chosen=chosen, ranks=ranks)
+
+    monkeypatch.setattr(online_knn, "IMAGES", 40)
+    monkeypatch.setattr(online_knn, "extract", recorded)
+    images = np.random.default_rng(0).integers(0, 256, (70, 8, 8, 3), dtype=np.uint8)
+    config = configured(SHORT, seed=5)
+    parts = [ArraySplit(config, part, images) for part in ("train", "test")]  # type: ignore[arg-type]
+    monkeypatch.setattr(ArraySplit, "labels", lambda split: torch.arange(70) // 7)
+    probe = OnlineKNN(tmp_path / "probes.jsonl", config, *parts)
+    backbone = seeded_backbone(config, torch.device("cpu"))
+    for step in (1, 2):
+        probe(backbone, TrainState(step=step))
+    assert probed == [sample_indices(70, 40, 5).tolist()] * 4
 
 
 def test_a_time_budget_is_observed(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """kNN and linear probes against scikit-learn, on real digits; features against the network."""
 
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -227,3 +228,39 @@ def test_a_probe_may_use_raw_features(digits: Split) -> None:
     assert torch.equal(seen[1], digits[0])
     varying = digits[0].std(0) > 0
     torch.testing.assert_close(seen[0][:, varying].std(0), torch.ones(int(varying.sum())))
+
+
+@pytest.mark.parametrize("probe", ["lbfgs", "sgd"])
+def test_small_fits_use_one_thread(probe: str, digits: Split) -> None:
+    """As many as before otherwise, and afterwards, even after an error."""
+    seen: list[int] = []
+
+    class Watched(torch.overrides.TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if func is nn.functional.cross_entropy:
+                seen.append(torch.get_num_threads())
+                if len(seen) == 20:
+                    raise KeyboardInterrupt
+            return func(*args, **(kwargs or {}))
+
+    threads = torch.get_num_threads()
+    fit = {"lbfgs": linear_probe, "sgd": sgd_probe}[probe]
+    try:
+        torch.set_num_threads(3)
+        with pytest.raises(KeyboardInterrupt), Watched():
+            fit(digits[0], digits[1])
+        assert seen == [1] * 20 and torch.get_num_threads() == 3
+        wide = torch.zeros(256, 7000)
+        seen.clear()
+        with Watched():  # one iteration is enough
+            if probe == "lbfgs":
+                linear_probe(wide, digits[1][:256], iterations=1)
+            else:
+                sgd_probe(
+                    wide, digits[1][:256], settings=SGDSettings(lr=1, epochs=1, batch_size=256)
+                )
+        assert set(seen) == {3} == {torch.get_num_threads()}
+    finally:
+        torch.set_num_threads(threads)

@@ -185,8 +185,8 @@ PHASES: dict[str, tuple[Callable[[], Any], str, int, int, str | None]] = {
         "resumed at step 11 of",
     ),
     "evaluating": (
-        lambda: fastssl.evaluation.protocols,
-        "evaluate_features",
+        lambda: fastssl.evaluation.probes.ProbedFeatures,
+        "probe",
         2,
         signal.SIGTERM,
         "resumed at step 22 of 22",

@@ -3,6 +3,7 @@
     values = on_ranks(3, function, *arguments)  # function(rank, world, *arguments), module level
 
 Inside the function torch.distributed is initialised; return tensors, numbers, strings or tuples.
+`on_launched_ranks` leaves that to the function, in the environment that torchrun sets.
 """
 
 import os
@@ -29,6 +30,36 @@ def on_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[
             _run, (world, folder, function, arguments), nprocs=world, start_method="spawn"
         )
         return [torch.load(Path(folder) / f"{r}.pt", weights_only=False) for r in range(world)]
+
+
+def on_launched_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """`on_ranks` with torchrun's variables and its store in place of a process group: fastssl
+    initialises it, as in a launch."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with tempfile.TemporaryDirectory() as folder:
+        mp.start_processes(
+            _run_launched,
+            (world, store.port, folder, function, arguments),
+            nprocs=world,
+            start_method="spawn",
+        )
+        return [torch.load(Path(folder) / f"{r}.pt", weights_only=False) for r in range(world)]
+
+
+def _run_launched(
+    rank: int,
+    world: int,
+    port: int,
+    folder: str,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+) -> None:
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    torch.save(function(rank, world, *arguments), Path(folder) / f"{rank}.pt")
 
 
 def _run(
