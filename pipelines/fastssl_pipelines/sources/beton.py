@@ -67,9 +67,10 @@ class Beton(Encoded):
         part = copy.copy(self)
         for name in ("classes", "layout"):
             part.__dict__.pop(name, None)
+        part.class_numbers = self.class_numbers
         part.names = [self.names[i] for i in chosen]
         part.row = self.row[torch.as_tensor(chosen, dtype=torch.int64)]
-        part._whole = self  # type: ignore[attr-defined]  # it closes the file when it is collected
+        part._file_owner = self  # type: ignore[attr-defined]  # it closes the file
         return part
 
     def read(self, i: int) -> Bytes:

@@ -66,7 +66,7 @@ def parse_bands(text: str) -> tuple[int, int, int] | None:
     except ValueError:
         bands = ()
     if bands is None or (len(bands) == 3 and min(bands) >= 1):
-        return bands  # type: ignore[return-value]  # of length 3
+        return bands
     raise ValueError(f"bands is {text!r}: give three numbers from 1, such as 4,3,2")
 
 
@@ -154,7 +154,7 @@ def _oriented_tiff(data: Bytes, how: Decoding, smallest: int, orientation: int) 
         values = page.asarray()  # (H, W), (H, W, B) or (B, H, W)
     if values.ndim == 3 and not page.axes.endswith("S"):
         values = np.moveaxis(values, 0, -1)
-    require_size(*values.shape[:2], smallest, how.max_pixels)
+    require_size(values.shape[0], values.shape[1], smallest, how.max_pixels)
     if values.ndim == 3:
         values = _three_bands(values, how.bands)
     pixels = to_uint8(values, how.depth)

@@ -140,7 +140,8 @@ def _examine(encoded: Encoded, i: int, how: Decoding) -> Finding:
     plain = plain_jpeg(data) is not None
     reader = "plain JPEGs, for every decoder" if plain else "others, read by Pillow"
     frames = 1 if plain else count_frames(data)
-    return Finding(*pixels.shape[:2], reader, exif_orientation(data), frames, damage)
+    height, width = pixels.shape[:2]
+    return Finding(height, width, reader, exif_orientation(data), frames, damage)
 
 
 def _examine_row(beton: Beton, i: int) -> Finding:

@@ -54,7 +54,7 @@ def upright(pixels: Any, orientation: int) -> Any:
         return pixels
     transposed, rows, columns = TURNS[orientation]
     turned = pixels.swapaxes(0, 1) if transposed else pixels
-    axes = [axis for axis, reversed_ in enumerate((rows, columns)) if reversed_]
+    axes = tuple(axis for axis, is_reversed in enumerate((rows, columns)) if is_reversed)
     if isinstance(turned, np.ndarray):
         return np.ascontiguousarray(np.flip(turned, axes))
     return turned.flip(axes).contiguous()

@@ -63,6 +63,8 @@ class Encoded:
         left_out: Mapping[str, int] | None = None,
     ) -> None:
         self._entries, self.source = entries, source
+        self._whole: Encoded | None = None  # of which this is the part at the positions `_chosen`
+        self._chosen: Sequence[int] = ()
         self.lost, self.left_out = dict(lost or {}), Counter(left_out or {})
 
     @cached_property
@@ -80,7 +82,7 @@ class Encoded:
         """The images at positions `chosen`, renumbered from 0, with the classes that they have in
         the whole."""
         part = Encoded([self._entries[i] for i in chosen], self.source)
-        part.__dict__["classes"] = [self.classes[i] for i in chosen]
+        part._whole, part._chosen = self, chosen
         return part
 
     @cached_property
@@ -91,9 +93,19 @@ class Encoded:
     @cached_property
     def classes(self) -> list[str]:
         """The class of each image, "" where it has none: of its label file, else of its path."""
+        if self._whole is not None:
+            return [self._whole.classes[i] for i in self._chosen]
         if any(entry.label for entry in self._entries):
             return [_label(entry) for entry in self._entries]
         return self.layout.classes
+
+    @cached_property
+    def class_numbers(self) -> dict[str, int]:
+        """The number of each class of the training part, or of all images where it is no part."""
+        if self._whole is not None:
+            return self._whole.class_numbers
+        parts = self.layout.parts
+        return class_numbers(self.classes[i] for i in parts.get("train", parts.get("", [])))
 
     def fingerprint(self) -> list[Any]:
         """Changes when the images do: the names, sizes and modification times of their files."""
@@ -212,7 +224,9 @@ def _entries(shard: Path, folder: str, index: TarIndex, left_out: Counter[str]) 
             label = labels.get((key, "cls")) or labels.get((key, "json"))
             path = f"{folder}/{member.name}"
             name = f"{shard}:{member.name}"
-            yield Entry(name, path, _span(shard, member), label and _span(shard, label))
+            yield Entry(
+                name, path, _span(shard, member), None if label is None else _span(shard, label)
+            )
         elif not member.name.endswith((".cls", ".json")):
             left_out[f"file ending in {Path(member.name).suffix} in a tar"] += 1
 
