@@ -25,7 +25,7 @@ from fastssl_pipelines.memory import require_memory
 Images = NDArray[np.uint8]
 Labels = NDArray[np.int64]
 
-CHUNK_BYTES = 2**24
+CHUNK_BYTES = 2**20
 # The arrays of an .npz that hold images, with those that hold their labels, by part
 TRAIN_KEYS = {
     "x_train": "y_train",

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,8 +21,9 @@ from fastssl.data import arrays
 from fastssl.data.arrays import ArrayPart, ArraySource, Images, Labels
 from fastssl_pipelines.sources.beton import Beton
 from fastssl_pipelines.sources.convert import convert
+from fastssl_pipelines.sources.decoding import Decoding
 from fastssl_pipelines.sources.image_files import Encoded, open_encoded
-from fastssl_pipelines.sources.unreadable import OnCorrupt
+from fastssl_pipelines.sources.unreadable import OnCorrupt, OnDamage
 
 Part = Literal["train", "test"]
 
@@ -92,24 +94,39 @@ def test_part(whole: Encoded) -> str | None:
 
 
 def beton_of(
-    images: Encoded, on_corrupt: OnCorrupt, quota: float, log: Callable[[str], None]
-) -> tuple[Beton | Path, dict[str, str]]:
+    images: Encoded,
+    decoding: Decoding,
+    on_damage: OnDamage,
+    on_corrupt: OnCorrupt,
+    quota: float,
+    log: Callable[[str], None],
+) -> tuple[Beton, dict[str, str]]:
     """(these images in a .beton, the unreadable ones by name with the reason).
 
     The .beton is the source itself, or a copy in the user's cache, JPEGs byte for byte, written
-    once and without the unreadable images.
+    once and without the unreadable images; its images keep the names of their files.
     """
     if isinstance(images, Beton):
         return images, {}
-    key = hashlib.sha256(json.dumps([images.names, images.fingerprint()]).encode()).hexdigest()[:16]
+    settings = [images.names, images.fingerprint(), asdict(decoding), on_damage]
+    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
     path = cache_folder() / f"{key}.beton"
     skipped_path = path.with_suffix(".skipped.json")
     if not path.exists():
         log(f"converting {len(images)} images to {path}, once")
-        report = convert(images, path, on_corrupt=on_corrupt, quota=quota)
+        report = convert(
+            images,
+            path,
+            decoding=decoding,
+            on_damage=on_damage,
+            on_corrupt=on_corrupt,
+            quota=quota,
+        )
         skipped_path.write_text(json.dumps(report.skipped))
     skipped = json.loads(skipped_path.read_text()) if skipped_path.is_file() else {}
-    return path, skipped
+    beton = Beton(path)
+    beton.names = [name for name in images.names if name not in skipped]
+    return beton, skipped
 
 
 def cache_folder() -> Path:
@@ -127,7 +144,7 @@ def _path(data: str) -> Path:
     return Path(data).expanduser()
 
 
-def load_labels(data: str, part: Part, holdout: float) -> Labels | None:
+def load_labels(data: str, part: Part, holdout: float, image_key: str = "") -> Labels | None:
     """The labels of the images of `load_array` or `open_files`; None where the data has none. For
     evaluation and oracles only."""
     if data == "digits":
@@ -137,7 +154,7 @@ def load_labels(data: str, part: Part, holdout: float) -> Labels | None:
     if data == "cifar10" or _is_cifar_batches(data):
         return np.asarray(_cifar10(data, part).targets, dtype=np.int64)
     if is_encoded(data):
-        return _file_labels(open_files(data, part, holdout))
+        return _file_labels(open_files(data, part, holdout, image_key))
     train, test = _array_parts(_existing(data))
     if train.labels is None:
         return None
