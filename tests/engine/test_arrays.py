@@ -180,7 +180,7 @@ def test_any_cut_of_an_npy_is_one_line(cut: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["rgb", "gray", "float"])
 def test_loading_takes_the_memory_of_the_result(kind: str, tmp_path: Path) -> None:
-    x = np.zeros((2000, 64, 64, 3), np.uint8)
+    x = np.zeros((3000, 64, 64, 3), np.uint8)
     x = {"rgb": x, "gray": x[..., 0], "float": x.astype(np.float32)}[kind]
     np.savez_compressed(tmp_path / "x.npz", x_train=x)
     source, rows = _array_rows(tmp_path / "x.npz", "train", 0.25)
