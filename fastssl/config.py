@@ -1,9 +1,11 @@
 """Config: every setting of a run that does not depend on its method, with unit and source.
 
-A method's knobs are defined beside its class in `objectives/` and stored in `Config.objective`; the
-command line derives its flags from both. Both are frozen, so `config.json` is what the run used.
+A method's knobs are defined in `knobs.py` and stored in `Config.objective`. The command line
+derives its flags from both; the comments below are the headings of its help. Both are frozen, so
+`config.json` is what the run used.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -72,13 +74,16 @@ class Config:
 
     # network
     backbone: str = "resnet50"
-    """'fastnet', 'fastnet-64', ... (a small net for CPUs) or any timm model name."""
+    """'fastnet', 'fastnet-64', ... (a small net for CPUs) or any timm model name, without a tag of
+    pretrained weights."""
     stem: Literal["imagenet", "cifar"] = "imagenet"
     """'cifar' replaces a ResNet's first layers by one 3x3 convolution, for images of 32 px."""
 
     # optimisation
     batch_size: int = 256
-    """Images in a batch, of each rank; the last incomplete batch of an epoch is dropped."""
+    """Images in a batch, of each rank; the last incomplete batch of an epoch is dropped. On the
+    command line 'auto': the largest power of two whose step fits in memory, at most 4,096 and a
+    tenth of the images; the learning rate stays as it is."""
     global_batch: int = 0
     """Images in a batch over all ranks of a torchrun launch, in place of `batch_size`; 0: unset."""
     accumulate: int = 1
@@ -91,7 +96,7 @@ class Config:
     lr: float = 1e-3
     """Peak learning rate; not scaled with the batch size."""
     weight_decay: float = 0.05
-    """Decay of weights; biases and normalisation layers are exempt."""
+    """Decay of weights; biases, gains, tokens and tables of positions are exempt."""
     momentum: float = 0.9
     """Momentum of SGD and LARS."""
     nesterov: bool = False
@@ -101,11 +106,14 @@ class Config:
     solo-learn on CIFAR 0.02."""
     lars_clip: bool = False
     """LARS never takes a larger step than SGD would (LARC); EMP-SSL uses it."""
+    clip_norm: float = 0.0
+    """Scale the gradient where its total norm, over all parameters and the global batch, exceeds
+    this; 0: never. Steps that are not finite are skipped before."""
     bias_lr: float = 1.0
     """Learning rate of biases and normalisation layers as a fraction of `lr`; Barlow Twins' code
     uses 0.024 (0.0048 / 0.2)."""
     warmup_epochs: float = 10.0
-    """Linear warm-up from 0."""
+    """Linear warm-up from 0; a tenth of the run where it would be as long as the run."""
     final_lr: float = 1e-3
     """Learning rate at the end of the cosine, as a fraction of `lr`."""
     time_budget_s: float = 0.0
@@ -124,20 +132,23 @@ class Config:
     """Seed of the initial weights, the order of images, the views and all samples of images."""
     device: str = "auto"
     """'auto' takes the GPU where there is one; else any torch device."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16 runs the network under autocast; losses accumulate in float32 either way."""
+    precision: Literal["auto", "float32", "bfloat16"] = "float32"
+    """bfloat16 runs the network under autocast; losses accumulate in float32 either way. 'auto' is
+    bfloat16 on a GPU that has it, else float32; config.json holds which."""
     channels_last: bool = True
     """Memory layout of images and convolutions; faster on GPUs and on CPUs."""
-    compile: bool = False
+    compile: bool | None = False
     """torch.compile the network and the objective; a failure is logged and the run continues
-    without."""
+    without. None ('auto' in a recipe) compiles on a GPU, unless `accumulate` is set."""
     cuda_graphs: bool = False
     """Compile with CUDA graphs (torch.compile's "reduce-overhead"), where shapes are fixed; needs
     `compile`."""
     sync_batchnorm: bool = False
     """Batch norm statistics over all ranks, as in one process with the whole batch."""
     init: str = ""
-    """A backbone.safetensors to initialise the backbone from."""
+    """Weights to start the backbone from: a file (.safetensors, .pth) of fastssl, timm or
+    torchvision, a run folder, 'imagenet', or a model on the hub ('resnet18.a1_in1k', 'hf-hub:...').
+    """
     init_partial: bool = False
     """Accept an `init` file that fills only some of the backbone's tensors."""
 
@@ -193,10 +204,12 @@ class Config:
             raise ValueError(f"--start-views is {self.start_views}: it must not exceed --views")
         if self.compile and self.accumulate > 1:
             raise ValueError("--accumulate cannot be compiled; add --no-compile")
-        if self.cuda_graphs and not self.compile:
+        if self.cuda_graphs and self.compile is False:
             raise ValueError("--cuda-graphs needs --compile")
         for name in ("stall_s", "lr", "lars_eta", "bias_lr"):
             require(self, name, getattr(self, name) > 0, "be positive")
+        for name in ("warmup_epochs", "clip_norm"):
+            require(self, name, getattr(self, name) >= 0, "not be negative")
         require(self, "train_images", self.train_images >= 0, "be 0 (all) or more")
         require(self, "momentum", 0 <= self.momentum < 1, "lie in [0, 1)")
         if self.nesterov and self.momentum == 0:
@@ -216,6 +229,16 @@ def require(knobs: Any, name: str, valid: bool, must: str) -> None:
     """ValueError "--name is VALUE: it must ..." unless `valid`."""
     if not valid:
         raise ValueError(f"{flag(name)} is {getattr(knobs, name)}: it must {must}")
+
+
+def suggestion(name: str, names: Iterable[str], otherwise: str = "") -> str:
+    """ "did you mean NAME?" of the closest of `names`; where none is close, `otherwise` or all."""
+    from difflib import get_close_matches
+
+    names = list(names)
+    if close := get_close_matches(name, names, n=1):
+        return f"did you mean {close[0]}?"
+    return otherwise or f"there are {', '.join(names)}"
 
 
 def knob_names(cls: type) -> set[str]:

@@ -5,10 +5,12 @@ both are in the checkpoint.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from fastssl.config import Config
 
+SHORT_WARMUP = 0.1  # share of a run whose warm-up would be as long as the run
 LR_RESOLUTION = 100_000  # parts into which a time budget is divided for the learning rate
 
 
@@ -22,10 +24,33 @@ class TrainState:
     knn: float = 0.0
 
 
+def fit_warmup(config: Config, log: Callable[[str], None]) -> Config:
+    """`config`, with a tenth of its epochs as warm-up where it would never reach its learning rate:
+    where the warm-up is as long as the run, or under a time budget as the epochs it stands for."""
+    if config.warmup_epochs < config.epochs:
+        return config
+    short = SHORT_WARMUP * config.epochs
+    log(
+        f"warning: a warm-up of {config.warmup_epochs:g} epochs in a run of {config.epochs} would "
+        f"not reach --lr; it is shortened to {short:g} (--warmup-epochs sets it)"
+    )
+    return replace(config, warmup_epochs=short)
+
+
+def require_full_views(config: Config) -> None:
+    """ValueError where the ramp is as long as the run, which would have the full views never."""
+    if config.ramp_epochs >= config.epochs and not config.time_budget_s:
+        raise ValueError(
+            f"--ramp-epochs is {config.ramp_epochs} in a run of {config.epochs}: no epoch would "
+            "have the full views; lower it"
+        )
+
+
 class Schedule:
     """Learning rate and end of a run of `batches` steps per epoch."""
 
-    def __init__(self, config: Config, batches: int):
+    def __init__(self, config: Config, batches: int, log: Callable[[str], None]):
+        config = fit_warmup(config, log)
         self.total = config.epochs * batches
         self._warmup = round(config.warmup_epochs * batches)
         self._config = config
@@ -59,10 +84,10 @@ class Schedule:
         return max(state.step, round(state.step * self._config.time_budget_s / state.train_s))
 
 
-def ramp(config: Config, epoch: int) -> Config:
+def ramp(config: Config, epoch: int, step: int = 4) -> Config:
     """`config` with the views and the image size of this epoch.
 
-    They grow linearly from `start_views` and `start_size` over `ramp_epochs`, sizes by 4 px.
+    They grow linearly from `start_views` and `start_size` over `ramp_epochs`, sizes by `step` px.
     """
     if epoch >= config.ramp_epochs:
         return config
@@ -71,7 +96,7 @@ def ramp(config: Config, epoch: int) -> Config:
     return replace(
         config,
         views=views + int(share * (config.views - views)),
-        image_size=size + 4 * int(share * (config.image_size - size) / 4),
+        image_size=size + step * int(share * (config.image_size - size) / step),
     )
 
 

@@ -1,11 +1,15 @@
 """One training step: forward over groups of equal-sized views, loss, backward, update.
 
+The order of an update: the gradient is averaged over ranks, the step is skipped where the loss or
+the gradient's norm is not finite, the gradient is scaled to `clip_norm`, the optimizer reads it.
+
 With a fused optimizer nothing waits for the device: the optimizer's kernel skips a step whose loss
 or gradient is not finite, and metrics are returned as tensors.
 
 Shapes: N batch, C channels, S pixels per side, F features, V views.
 """
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -20,6 +24,7 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from fastssl.config import Config
+from fastssl.device import is_out_of_memory, out_of_memory_reason
 from fastssl.distributed import Ranks
 from fastssl.objectives.base import Objective
 from fastssl_pipelines import Batch, Pipeline
@@ -99,6 +104,7 @@ class Step:
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._device = self._parameters[0].device
         self._bfloat16 = config.precision == "bfloat16"
+        self._clip_norm = config.clip_norm
         self._skips_nonfinite = bool(optimizer.defaults.get("fused"))
         self._eager = _data_parallel(model, ranks)
         self._graphs = config.cuda_graphs
@@ -110,9 +116,24 @@ class Step:
     ) -> tuple[Metrics, list[Tensor]]:
         """V views (N, C, S, S), their images' indices (N,) -> metrics, features per view (N, F).
 
-        Metrics are those of the objective, "grad_norm", and "finite", () bool: False where the
-        step was skipped.
+        Metrics are those of the objective, "grad_norm" before clipping, with `clip_norm`
+        "clip_scale", the factor on the gradient, and "finite", () bool: False where the step was
+        skipped. MemoryError where the step does not fit, with what does.
         """
+        try:
+            return self._step(views, index, lr)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = out_of_memory_reason(error)
+        # The error is gone here, and with its traceback the activations that it held.
+        raise MemoryError(
+            f"out of memory in a training step ({reason}); {self._fits(views, index)}"
+        )
+
+    def _step(
+        self, views: Sequence[Tensor], index: Tensor, lr: float
+    ) -> tuple[Metrics, list[Tensor]]:
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         self._model.objective.set_lr(lr)
@@ -129,8 +150,11 @@ class Step:
         bad = (~(norm.isfinite() & metrics["loss"].detach().isfinite())).float()
         if self._ranks.world > 1:  # all ranks must skip the same steps, or their weights diverge
             dist.all_reduce(bad, dist.ReduceOp.MAX, group=self._ranks.group)
+        metrics["grad_norm"] = norm
+        if self._clip_norm:
+            metrics["clip_scale"] = self._clip(norm)
         self._update(bad)
-        return {**metrics, "grad_norm": norm, "finite": bad == 0}, features
+        return {**metrics, "finite": bad == 0}, features
 
     def _gradient(self, views: Sequence[Tensor], index: Tensor) -> tuple[Metrics, list[Tensor]]:
         self._optimizer.zero_grad(set_to_none=True)
@@ -141,6 +165,11 @@ class Step:
         metrics["loss"].backward()
         return {name: value.detach() for name, value in metrics.items()}, features
 
+    def _clip(self, norm: Tensor) -> Tensor:
+        """Scale the gradient of total norm () to at most `clip_norm`; the factor, ()."""
+        nn.utils.clip_grads_with_norm_(self._parameters, self._clip_norm, norm)
+        return (self._clip_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch computes it
+
     def _update(self, bad: Tensor) -> None:
         """The optimizer's step unless bad, () float32, is 1. Fused optimizers read it on the
         device, as they do for a GradScaler; others cost a sync."""
@@ -150,6 +179,45 @@ class Step:
             optimizer.step()
         elif not bad.item():
             optimizer.step()
+
+    def _fits(self, views: Sequence[Tensor], index: Tensor) -> str:
+        """What to change so that a step of these views fits: the fewest parts (`accumulate`), else
+        the largest batch, each found by halving and by taking such a step at a rate of 0."""
+        parts, rows = self._model.parts, len(index)
+        if self._ranks.world > 1:  # the other ranks wait in a collective: nothing can be tried
+            return f"try --accumulate {2 * parts}, or a batch of fewer than {rows} images a rank"
+        self._log("out of memory; trying smaller steps")
+        self._optimizer.state.clear()  # of the first step, it may be half allocated
+        no_compile = " --no-compile" if self._forward is not self._eager else ""
+        while parts < rows:
+            parts *= 2
+            if self._is_possible(views, index, parts):
+                return (
+                    f"--accumulate {parts}{no_compile} fits, as a step in {parts} parts has shown"
+                )
+        while rows > 3:
+            rows //= 2
+            if self._is_possible([view[:rows] for view in views], index[:rows], self._model.parts):
+                return f"--batch-size {rows} fits, as a step of {rows} images has shown"
+        return "not even a step of 2 images fits; use a smaller --backbone or --image-size"
+
+    def _is_possible(self, views: Sequence[Tensor], index: Tensor, parts: int) -> bool:
+        forward, given = self._forward, self._model.parts
+        self._optimizer.zero_grad(set_to_none=True)
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._forward, self._model.parts = self._eager, parts
+        try:
+            with _fixed_running_statistics(self._model):
+                self._step(views, index, 0.0)
+            return True
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return False
+        finally:
+            self._forward, self._model.parts = forward, given
 
 
 def equal_rows(batch: Batch, pipeline: Pipeline, ranks: Ranks) -> Batch:

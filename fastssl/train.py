@@ -19,6 +19,7 @@ from fastssl.evaluation.online_knn import OnlineKNN
 from fastssl.objectives.base import Objective
 from fastssl.optim import build_optimizer
 from fastssl.runtime.checkpoint import CheckpointTimer, TrainCheckpointer
+from fastssl.runtime.environment import torch_defaults
 from fastssl.runtime.metrics_log import MetricsLog
 from fastssl.runtime.nan_guard import NonFiniteGuard
 from fastssl.runtime.signals import stop_signals
@@ -38,6 +39,7 @@ class Trained:
     views_per_s: float
 
 
+@torch_defaults()
 def train(
     config: Config,
     pipeline: Pipeline,
@@ -56,12 +58,12 @@ def train(
     epoch, where they change. Metrics and checkpoints go to `folder`; a checkpoint there is resumed,
     to the same weights as those of an uninterrupted run. On SIGINT, SIGTERM or SIGUSR1 the
     current step is finished and saved, then Interrupted is raised. Raises NonFiniteLossError where
-    the loss or its gradient is NaN or infinite (`NonFiniteGuard`), and CollapseError where the
-    features collapse and `config.on_collapse` is "stop".
+    the loss or its gradient is NaN or infinite (`NonFiniteGuard`), CollapseError where the features
+    collapse and `config.on_collapse` is "stop", and MemoryError, with what fits.
     """
     model = Model(backbone, objective, config.accumulate).train()
     optimizer = build_optimizer(config, [backbone, objective])
-    width = feature_width(backbone)
+    width = feature_width(backbone, config.image_size)
     spectrum = SpectrumQueue(width, device_of(model))
     collapse = CollapseDetector(config, width, log)
     checkpointer = TrainCheckpointer(
@@ -72,7 +74,7 @@ def train(
         seed=config.seed,
         ranks=ranks,
     )
-    state, schedule = checkpointer.load(log), Schedule(config, len(pipeline))
+    state, schedule = checkpointer.load(log), Schedule(config, len(pipeline), log)
     if state.step:
         log(f"resumed at step {state.step} of {schedule.steps(state)}")
     step = Step(config, model, optimizer, ranks, log)
@@ -81,12 +83,12 @@ def train(
     if probe and ranks.is_main:
         probe.truncate_after(state.step)
     metrics_path = folder / "metrics.jsonl" if ranks.is_main else None
-    metrics_log = MetricsLog(metrics_path, schedule.steps(state), state.step)
+    metrics_log = MetricsLog(metrics_path, schedule.steps(state), state.step, log)
     begin, earlier_s, seen, waited_s = time.perf_counter(), state.train_s, 0, 0.0
     with (
         metrics_log,
         Watchdog(log, config.stall_s) as watchdog,
-        stop_signals() as stop,
+        stop_signals(log) as stop,
         stop.deferred(),
     ):
         while not schedule.is_over(state):
@@ -100,6 +102,7 @@ def train(
                 metrics, features = step(batch.views, batch.index, lr)
                 spectrum.update(features)
                 state.step += 1
+                metrics_log.step = state.step
                 guard.add(state.step, batch.index, metrics.pop("finite"))
                 seen += len(batch.index) * len(batch.views)
                 # The guard is checked before the probe, the report and the checkpoint: none of them
@@ -116,6 +119,7 @@ def train(
                 if probing:
                     watchdog.phase("probing")
                     state.knn = ranks.broadcast(probe(backbone, state) if probe else 0.0)
+                    log(f"step {state.step}: online kNN {state.knn:.3f} (epoch {epoch + 1})")
                     begin = time.perf_counter() - spent_s  # the probe's time is not training time
                 over = schedule.is_over(state)
                 if state.step % config.log_every == 0 or over:

@@ -3,33 +3,49 @@
 from dataclasses import Field, fields
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
-
-from fastssl.cli.parsing import UsageError, parse_config, recipe_first
+from fastssl.cli.console import echo
+from fastssl.cli.parsing import (
+    Parser,
+    UsageError,
+    help_parser,
+    parse_config,
+    recipe_first,
+    wants_help,
+)
 from fastssl.config import flag
 from fastssl.recipes import RECIPES
 
 SHEET_ROWS, SHEET_VIEWS = 4, 8  # of a contact sheet
+RECIPES_HELP = "List the recipes: settings and measured accuracy, those for your own images first."
+METHODS_HELP = "List the methods: paper, formula, default knobs, measured accuracy of recipes."
+VIEWS_HELP = (
+    "Plot images of a recipe's data and their views, with the sampled parameters, into the PNG "
+    "that --out FILE names (default: views.png)."
+)
 
 
 def recipes(arguments: list[str]) -> None:
-    """`fastssl recipes`: each with its settings and its card."""
-    console = Console()
+    """`fastssl recipes`: each with its settings and its card, those for one's own images first."""
+    Parser(prog="fastssl recipes", description=RECIPES_HELP).parse_args(arguments)
+    heading = ""
     for name, recipe in RECIPES.items():
         c = recipe.settings
+        data = f"on {c.data}" if c.data else "for your own images: --data PATH"
+        if data != heading:
+            echo(data, style="bold")
+            heading = data
         views = "1 view" if c.views == 1 else f"{c.views} views"
         epochs = "1 epoch" if c.epochs == 1 else f"{c.epochs} epochs"
-        data = c.data or "--data PATH"
-        console.print(f"[bold]{name}[/bold]", highlight=False)
-        line = f"  {c.method}, {data}, {c.backbone}, {views}, {epochs}\n  {recipe.card}"
-        console.print(escape(line), highlight=False)
+        settings = f"{c.method}, {c.backbone}, {views} of {c.image_size} px, {epochs}"
+        echo(f"  {name}", style="bold")
+        echo(f"    {settings}\n    {recipe.card}")
 
 
 def methods(arguments: list[str]) -> None:
     """`fastssl methods`: each with paper, formula, defaults, and its recipes' cards."""
+    Parser(prog="fastssl methods", description=METHODS_HELP).parse_args(arguments)
+    from fastssl.knobs import OracleKnobs
     from fastssl.objectives import METHODS
-    from fastssl.objectives.oracles import OracleKnobs
     from fastssl.objectives.pal import PAL
 
     oracle = {field.name for field in fields(OracleKnobs)}
@@ -46,7 +62,7 @@ def methods(arguments: list[str]) -> None:
 def _print_method(
     name: str, paper: str, formula: str, usage: list[str], knobs: list[Field[Any]]
 ) -> None:
-    Console().print(f"[bold]{name}[/bold]  {escape(paper)}", highlight=False)
+    echo(f"{name}  {paper}", style="bold")
     defaults = " ".join(
         f"{flag(k.name)[2:]}={'tuned' if k.default is None else k.default}" for k in knobs
     )
@@ -55,10 +71,13 @@ def _print_method(
 
 def _print_lines(lines: list[str]) -> None:
     for line in lines:
-        Console().print(escape(f"  {line}"), highlight=False)
+        echo(f"  {line}")
 
 
 def views(arguments: list[str]) -> None:
+    """`fastssl views`: a contact sheet."""
+    if wants_help(arguments):
+        help_parser("views", arguments, VIEWS_HELP).parse_args(["--help"])
     recipe, flags = recipe_first("views", arguments)
     out = "views.png"
     if "--out" in flags:
@@ -80,4 +99,4 @@ def views(arguments: list[str]) -> None:
     images = [image for _, batch in split.batches([chosen]) for image in batch]
     shown = build_views(config)[:SHEET_VIEWS]
     plot_contact_sheet(images, shown, config.seed, out, config.policy)
-    Console().print(f"{out}: {len(images)} images and their views", highlight=False)
+    echo(f"{out}: {len(images)} images and their views")

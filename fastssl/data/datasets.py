@@ -9,6 +9,7 @@ Shapes: M data set, S pixels per side. Images are uint8 RGB (M, S, S, 3), labels
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -28,6 +29,7 @@ from fastssl_pipelines.sources.unreadable import OnCorrupt, OnDamage
 Part = Literal["train", "test"]
 
 FILES = (".npz", ".npy", ".tar", ".beton")
+CIFAR10_CLASSES = tuple("airplane automobile bird cat deer dog frog horse ship truck".split())
 CIFAR10_HELP = (
     "pass --data with an .npz (x_train, y_train, x_test, y_test), the folder cifar-10-batches-py, "
     "or a folder of images"
@@ -121,12 +123,28 @@ def beton_of(
             on_damage=on_damage,
             on_corrupt=on_corrupt,
             quota=quota,
+            progress=periodic(log, "converted"),
         )
         skipped_path.write_text(json.dumps(report.skipped))
     skipped = json.loads(skipped_path.read_text()) if skipped_path.is_file() else {}
     beton = Beton(path)
     beton.names = [name for name in images.names if name not in skipped]
     return beton, skipped
+
+
+def periodic(
+    log: Callable[[str], None], done_what: str, period_s: float = 10.0
+) -> Callable[[int, int], None]:
+    """A function (done, total) that logs progress, at most every `period_s` seconds."""
+    last = time.monotonic()
+
+    def progress(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= period_s:
+            last = time.monotonic()
+            log(f"{done_what} {done:,} of {total:,} images")
+
+    return progress
 
 
 def cache_folder() -> Path:
@@ -189,6 +207,20 @@ def _file_labels(images: Encoded) -> Labels | None:
             f"{images.source}: the test part has classes the training part lacks: {some}"
         )
     return np.array([numbers[name] for name in classes], dtype=np.int64)
+
+
+def class_names(data: str) -> tuple[str, ...] | None:
+    """The names of the classes in the order of their labels; None where the data has none, or
+    they cannot be read: nothing depends on them."""
+    if data == "digits":
+        return tuple("0123456789")
+    if data == "cifar10" or _is_cifar_batches(data):
+        return CIFAR10_CLASSES
+    try:
+        numbers = open_files(data, "train", 0).class_numbers if is_encoded(data) else {}
+    except (OSError, ValueError):
+        return None
+    return tuple(sorted(numbers, key=numbers.__getitem__)) if len(numbers) > 1 else None
 
 
 def _existing(data: str) -> Path:

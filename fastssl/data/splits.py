@@ -5,7 +5,7 @@ Shapes: M images of the part, N of a batch, S pixels per side. Images are uint8 
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 
@@ -211,9 +211,16 @@ class FileSplit(Split):
         return torch.tensor(numbers, dtype=torch.int64), pixels[: len(numbers)]
 
 
-def open_split(config: Config, part: Part, *, hold: bool = False) -> Split:
+def open_split(
+    config: Config,
+    part: Part,
+    *,
+    hold: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Split:
     """One part of the run's data: an array in memory, or files that are decoded on demand, or with
-    `hold` now and held in memory. Of the training part, `train_images` drawn by the seed."""
+    `hold` now and held in memory, reporting (done, total) to `progress`. Of the training part,
+    `train_images` drawn by the seed."""
     count = config.train_images if part == "train" else 0
     if not is_encoded(config.data):
         pixels = load_array(config.data, part, config.holdout)
@@ -224,7 +231,7 @@ def open_split(config: Config, part: Part, *, hold: bool = False) -> Split:
     sample = files.select(chosen.tolist())
     sample.lost, sample.left_out = files.lost, files.left_out
     split = FileSplit(config, part, sample, source_numbers=chosen)
-    return _decode_all(config, part, split) if hold else split
+    return _decode_all(config, part, split, progress) if hold else split
 
 
 def decoding_of(config: Config) -> Decoding:
@@ -242,7 +249,9 @@ def _compact(pixels: Images, chosen: Tensor) -> Images:
     return pixels[: len(chosen)]
 
 
-def _decode_all(config: Config, part: Part, split: FileSplit) -> ArraySplit:
+def _decode_all(
+    config: Config, part: Part, split: FileSplit, progress: Callable[[int, int], None]
+) -> ArraySplit:
     """The readable images of `split`, decoded."""
     size = config.load_size
     require_memory(
@@ -257,6 +266,7 @@ def _decode_all(config: Config, part: Part, split: FileSplit) -> ArraySplit:
         pixels[filled : filled + len(numbers)] = images
         filled += len(numbers)
         readable.append(numbers)
+        progress(filled, len(split))
     if not filled:
         raise ValueError(
             f"none of {len(split)} images can be read; `fastssl doctor` lists the reasons"

@@ -13,17 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.data.splits import open_split, sample_indices
-from fastssl.evaluation.spectrum import (
-    RANKME_SAMPLES,
-    alpha_req,
-    effective_rank,
-    lidar,
-    rankme,
-)
+from fastssl.evaluation.defaults import LIDAR_IMAGES, LIDAR_VIEWS, RANKME_SAMPLES
+from fastssl.evaluation.spectrum import alpha_req, effective_rank, lidar, rankme
 from fastssl.evaluation.trained_run import load_trained_run
 from fastssl.runtime.run_dir import read_config, write_text
 
-LIDAR_IMAGES, LIDAR_VIEWS = 1000, 50  # arXiv:2312.04000, section 4
 FILE = "rank.json"
 
 Criteria = dict[str, float]  # "rankme" | "effective_rank" | "alpha_req" | "lidar" -> value
@@ -34,12 +28,6 @@ SORT_KEYS: dict[str, Callable[[float], float]] = {
     "alpha_req": lambda value: abs(value - 1),
     "lidar": lambda value: -value,
 }
-CAVEAT = (
-    "Compares runs of one method on one data set; a high rank is necessary, not sufficient. "
-    "RankMe's rank correlation with the probe was 0.32 on VICReg, LiDAR's 0.92 (arXiv:2312.04000); "
-    "selected by RankMe, DINO's learning rate was the worst of its pool, 63.6 of 63.6 to 69.1 "
-    "(IdEst). Rank inflates early in training: do not use it for early stopping."
-)
 
 
 def measure_quality(

@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastssl.backbones import load_backbone, seeded_backbone
+from fastssl.backbones import seeded_backbone
 from fastssl.config import Config
 from fastssl.data.splits import ArraySplit, Split, open_split, sample_indices
 from fastssl.device import choose_device
 from fastssl.distributed import SINGLE_PROCESS, Ranks, init_distributed
+from fastssl.evaluation.defaults import PROTOCOL_SOURCES, RANKME_SAMPLES
 from fastssl.evaluation.features import (
     Function,
     centre_features,
@@ -46,9 +47,10 @@ from fastssl.evaluation.probes import (
     sgd_probe,
 )
 from fastssl.evaluation.progress import Progress
-from fastssl.evaluation.spectrum import RANKME_SAMPLES, rankme
+from fastssl.evaluation.spectrum import rankme
 from fastssl.evaluation.trained_run import Network, TrainedRun, load_trained_run
 from fastssl.runtime.run_dir import flat, read_config, write_text
+from fastssl.weights import FILE, load_weights
 
 RAW_PIXELS_STREAMED = 2048  # images, of both parts
 
@@ -69,11 +71,9 @@ class Protocol:
 
 
 PROTOCOLS: dict[str, Protocol] = {
-    "neutral": Protocol("one centre view, the backbone's features; L-BFGS"),
+    "neutral": Protocol(PROTOCOL_SOURCES["neutral"]),
     "multiview": Protocol(
-        "arXiv:2312.10725: the image and 15 augmented views, averaged; Adam 1e-3, 200 epochs, "
-        "batch 512, label smoothing 0.1 (for 50,000 images; too few steps on a few thousand: "
-        "use --probe lbfgs)",
+        PROTOCOL_SOURCES["multiview"],
         views=16,
         probe=Probe(
             partial(
@@ -86,8 +86,7 @@ PROTOCOLS: dict[str, Protocol] = {
         ),
     ),
     "patches": Protocol(
-        "arXiv:2304.03977: 128 augmented patches, averaged, on the projector's first layer after "
-        "its ReLU; SGD 0.03, 100 epochs, batch 100, weight decay 5e-5",
+        PROTOCOL_SOURCES["patches"],
         views=128,
         centre=False,
         projector_layer=True,
@@ -263,7 +262,7 @@ def _neutral_features(
     """
     device = choose_device(config.device)
     pretrained = seeded_backbone(config, device)
-    load_backbone(folder / "backbone.safetensors", pretrained)
+    load_weights(folder / FILE, pretrained)
     functions: dict[str, Function] = {"pretrained": partial(centre_features, config, pretrained)}
     labels = _labels(train, test)
     if labels is None:
@@ -327,7 +326,7 @@ def evaluate_run(
         path = folder / "summary.json"
         if ranks.is_main and path.is_file():
             summary = json.loads(path.read_text())
-            if summary["rankme"] is None:
+            if summary.get("rankme", 0.0) is None:  # of a run with --no-eval
                 spent_s = time.perf_counter() - begin
                 results = evaluation_summary(found, spent_s)
                 write_text(path, json.dumps(summary | results, indent=2))

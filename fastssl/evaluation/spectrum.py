@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-RANKME_SAMPLES = 25_600  # enough according to arXiv:2210.02885, appendix G
 CONSTANT = 1e-6  # relative variation that counts as constant: rounding in float32
 NULL = 1e-12  # eigenvalues below this fraction of the largest are rounding
 FIT_RANKS = (4, 100)  # alpha-ReQ: first and last eigenvalue of the fit

@@ -3,7 +3,7 @@
 from dataclasses import fields, replace
 from typing import Any
 
-from fastssl.config import Config, Knobs, knob_names
+from fastssl.config import Config, Knobs, knob_names, suggestion
 from fastssl.objectives.barlow_twins import BarlowTwins
 from fastssl.objectives.base import GraphObjective, Objective
 from fastssl.objectives.diet import DIET
@@ -32,9 +32,9 @@ METHODS: dict[str, type[Objective]] = {
 
 
 def method_class(name: str) -> type[Objective]:
-    """The class of --method NAME; ValueError lists the methods."""
+    """The class of --method NAME; ValueError names the closest method, or all."""
     if name not in METHODS:
-        raise ValueError(f"unknown --method {name!r}; there are {', '.join(METHODS)}")
+        raise ValueError(f"unknown --method {name!r}; {suggestion(name, METHODS)}")
     return METHODS[name]
 
 

@@ -6,32 +6,16 @@ Shapes: N batch, D embedding, V views, n = V N rows.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from fastssl.config import Config
-from fastssl.objectives.base import GraphObjective, ProjectorKnobs, require_weights
+from fastssl.knobs import BarlowTwinsKnobs
+from fastssl.objectives.base import GraphObjective
 from fastssl.objectives.default_weights import default_lambd
-from fastssl.objectives.oracles import OracleKnobs
 from fastssl_kernels import barlow_twins_loss
-
-
-@dataclass(frozen=True)
-class BarlowTwinsKnobs(OracleKnobs, ProjectorKnobs):
-    """Knobs of Barlow Twins, arXiv:2103.03230."""
-
-    lambd: float | None = None
-    """Weight of the off-diagonal; by default that tuned in arXiv:2312.10725 for width and views,
-    which falls as 1 / width (the first paper's is 0.0051 at width 8192)."""
-    pairing: Literal["pairs", "mean"] = "pairs"
-    """More than two views: all pairs, or each view with the mean (arXiv:2312.10725)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_weights(self, "lambd")
 
 
 class BarlowTwins(GraphObjective):

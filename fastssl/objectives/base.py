@@ -4,12 +4,14 @@ Shapes: N batch, F features, D embedding, V views, n = V N rows.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor, nn
 
-from fastssl.config import Config, Knobs, require
+from fastssl.config import Config, Knobs
+from fastssl.knobs import ProjectorKnobs
 
 
 class Objective(nn.Module):
@@ -56,32 +58,6 @@ class Objective(nn.Module):
         raise NotImplementedError
 
 
-@dataclass(frozen=True)
-class ProjectorKnobs(Knobs):
-    """Knobs of every method with a projector."""
-
-    projector_width: int = 8192
-    """Hidden and output width of the projector; 8192 is Barlow Twins' and VICReg's choice, 4096
-    EMP-SSL's; weights are tuned from 64 to 8192."""
-    projector_layers: int = 3
-    """Linear layers of the projector; 3 is all papers' choice."""
-    projector_out: int = 0
-    """Output width of the projector where it differs; 0 takes projector_width, for EMP-SSL a
-    quarter of it (4096 to 1024 in its repository)."""
-
-    def __post_init__(self) -> None:
-        require(self, "projector_layers", self.projector_layers >= 1, "be at least 1")
-        for name in ("projector_width", "projector_out"):
-            width = getattr(self, name)
-            valid = 16 <= width <= 16384 or (name == "projector_out" and width == 0)
-            require(self, name, valid, "lie between 16 and 16384")
-
-    @property
-    def embedding_width(self) -> int:
-        """D."""
-        return self.projector_out or self.projector_width
-
-
 class ProjectedObjective(Objective):
     """A projector and `loss` of the embeddings, for methods without further state."""
 
@@ -96,19 +72,38 @@ class ProjectedObjective(Objective):
         return cls(features, knobs)
 
     def loss(self, embeddings: Sequence[Tensor]) -> Tensor:
-        """V tensors (N, D) -> ()"""
+        """V tensors (N, D), maybe bfloat16 or float16 -> () float32; called without autocast"""
         raise NotImplementedError
 
     def forward(self, features: Sequence[Tensor], index: Tensor) -> dict[str, Tensor]:
-        return {"loss": self.loss([self.projector(f) for f in features])}
+        embeddings = [self.projector(f) for f in features]
+        with without_autocast(embeddings[0]):
+            return {"loss": self.loss(embeddings)}
 
 
 class GraphObjective(ProjectedObjective):
     """A method that PAL generalises: it also has a loss on a similarity graph (`pal.py`)."""
 
     def graph_loss(self, embeddings: Sequence[Tensor], p: Tensor) -> Tensor:
-        """V tensors (N, D), the graph's weights (n, n), rows that sum to 1 -> ()"""
+        """V tensors (N, D), the graph's weights (n, n), rows that sum to 1 -> ()
+
+        In float32 or float64; called without autocast.
+        """
         raise NotImplementedError
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[None]:
+    """A context in which operations on x's device compute in the dtypes of their inputs: a loss
+    sums over a batch, where bfloat16 has errors of percents."""
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device):  # meta
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
+
+
+def at_least_float32(z: Tensor) -> Tensor:
+    """z in float32, or in float64 as it is."""
+    return z.to(torch.promote_types(z.dtype, torch.float32))
 
 
 def graph_distance(z: Tensor, p: Tensor) -> Tensor:
@@ -126,10 +121,3 @@ def projector(features: int, knobs: ProjectorKnobs) -> nn.Sequential:
         modules += [nn.Linear(features, width, bias=False), nn.BatchNorm1d(width), nn.ReLU()]
         features = width
     return nn.Sequential(*modules, nn.Linear(features, knobs.embedding_width, bias=False))
-
-
-def require_weights(knobs: Knobs, *names: str) -> None:
-    """ValueError unless each of these knobs is 0 or more; None stands for a tuned weight."""
-    for name in names:
-        value = getattr(knobs, name)
-        require(knobs, name, value is None or value >= 0, "be 0 or more")

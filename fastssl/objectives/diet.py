@@ -7,38 +7,15 @@ Shapes: N batch, M data set, F features, V views.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from fastssl.config import Config, Knobs, require
+from fastssl.config import Config
+from fastssl.knobs import DIETKnobs
 from fastssl.objectives.base import Objective
 from fastssl_kernels import DIETHead
-
-
-@dataclass(frozen=True)
-class DIETKnobs(Knobs):
-    """Knobs of DIET, arXiv:2302.10260. It has no projector."""
-
-    label_smoothing: float = 0.8
-    """Label smoothing of the cross-entropy (arXiv:2302.10260)."""
-    fused_head: bool = False
-    """Update the head inside backward, so that its gradient is never stored; the rule is that of
-    `optimizer`, AdamW or SGD."""
-    sample_rate: float = 1.0
-    """Fraction of the classes in each step's softmax; below 1 it is Partial FC's approximation
-    (arXiv:2203.15565), and needs fused_head."""
-
-    def __post_init__(self) -> None:
-        require(self, "label_smoothing", 0 <= self.label_smoothing <= 1, "lie in [0, 1]")
-        require(self, "sample_rate", 0 < self.sample_rate <= 1, "lie in (0, 1]")
-        if self.sample_rate < 1 and not self.fused_head:
-            raise ValueError(
-                f"--sample-rate is {self.sample_rate}: values below 1 are supported only with "
-                "--fused-head"
-            )
 
 
 class DIET(Objective):
@@ -78,6 +55,11 @@ class DIET(Objective):
 
     @classmethod
     def check(cls, config: Config, knobs: Any) -> None:
+        if knobs.fused_head and config.clip_norm:
+            raise ValueError(
+                "--fused-head updates before the norm of the whole gradient is known: --clip-norm "
+                "cannot be used; drop one of them"
+            )
         if knobs.fused_head and config.optimizer == "lars":
             raise ValueError(
                 "--fused-head updates by AdamW or SGD: --optimizer lars cannot be used"

@@ -5,21 +5,14 @@ with samples and dimensions swapped (eq. 12, 13).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
+from fastssl.knobs import VICRegExpKnobs
 from fastssl.objectives.base import ProjectedObjective
-from fastssl.objectives.simclr import DUALITY, ContrastiveKnobs
-from fastssl.objectives.vicreg import VarianceKnobs
+from fastssl.objectives.simclr import DUALITY
 from fastssl_kernels import vicreg_ctr_loss, vicreg_exp_loss
-
-
-@dataclass(frozen=True)
-class VICRegExpKnobs(ContrastiveKnobs, VarianceKnobs):
-    """Knobs of VICReg-exp and VICReg-ctr, arXiv:2206.02574. The paper does not state its runs'
-    temperature."""
 
 
 class VICRegExp(ProjectedObjective):

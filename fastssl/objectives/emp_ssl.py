@@ -10,35 +10,14 @@ Shapes: N batch, F features, D embedding, V patches.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from fastssl.config import require
-from fastssl.objectives.base import ProjectedObjective, ProjectorKnobs, require_weights
+from fastssl.knobs import EMPSSLKnobs
+from fastssl.objectives.base import ProjectedObjective, at_least_float32, without_autocast
 from fastssl_kernels import coding_rate
-
-
-@dataclass(frozen=True)
-class EMPSSLKnobs(ProjectorKnobs):
-    """Knobs of EMP-SSL, arXiv:2304.03977."""
-
-    patch_coeff: float = 200.0
-    """Weight of the cosine to the mean embedding (arXiv:2304.03977)."""
-    eps_sq: float = 0.2
-    """Squared distortion of the coding rate (arXiv:2304.03977)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_weights(self, "patch_coeff")
-        require(self, "eps_sq", self.eps_sq > 0, "be positive")
-
-    @property
-    def embedding_width(self) -> int:
-        """D: `projector_out`, by default a quarter of the width as in the paper's repository."""
-        return self.projector_out or self.projector_width // 4
 
 
 class EMPSSL(ProjectedObjective):
@@ -56,9 +35,11 @@ class EMPSSL(ProjectedObjective):
 
     def forward(self, features: Sequence[Tensor], index: Tensor) -> dict[str, Tensor]:
         rows = self.projector(torch.cat(tuple(features)))  # one batch norm for all, as published
-        z = normalize(rows, dim=1).unflatten(0, (len(features), -1))  # (V, N, D)
-        rate = coding_rate(z, eps_sq=self.eps_sq, group=self.group)
-        likeness = cosine_similarity(z, z.mean(0, keepdim=True), dim=2).mean()
+        with without_autocast(rows):
+            z = normalize(at_least_float32(rows), dim=1)
+            z = z.unflatten(0, (len(features), -1))  # (V, N, D)
+            rate = coding_rate(z, eps_sq=self.eps_sq, group=self.group)
+            likeness = cosine_similarity(z, z.mean(0, keepdim=True), dim=2).mean()
         return {
             "loss": -rate - self.patch_coeff * likeness,
             "coding_rate": rate.detach(),

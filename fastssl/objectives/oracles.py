@@ -12,35 +12,16 @@ Shapes: M data set, N batch, D embedding, E pairs, Q queries.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from fastssl.config import Config, Knobs, require
+from fastssl.config import Config
 
 SHARPNESS = 0.1  # of the guess exp((cosine - 1) / SHARPNESS) that two images are alike
-
-
-@dataclass(frozen=True)
-class OracleKnobs(Knobs):
-    """Knobs of every method with a loss on a similarity graph."""
-
-    oracle: Literal["none", "labels", "queries"] = "none"
-    """PAL (arXiv:2303.15256): similarities beyond views of one image, from the labels
-    of `oracle_share` of the images or from `oracle_queries` yes/no answers. Labels reach training
-    only here, and oracle.json records which."""
-    oracle_share: float = 1.0
-    """PAL with labels: fraction of the images whose label is read."""
-    oracle_queries: int = 1000
-    """PAL with queries: number of pairs of images to query, over the first half of the run."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()  # type: ignore[misc]  # of the knobs that it is mixed with
-        require(self, "oracle_share", 0 < self.oracle_share <= 1, "lie in (0, 1]")
-        require(self, "oracle_queries", self.oracle_queries >= 1, "be at least 1")
 
 
 class Labels(Protocol):
@@ -207,12 +188,11 @@ def build_oracle(config: Config, labels: Labels | None) -> Oracle:
         )
     if knobs.oracle == "labels":
         return LabelOracle(labels, knobs.oracle_share, config.seed)
-    known = labels
     batches = config.epochs * (len(labels) // config.batch_size)
     per_batch = -(-2 * knobs.oracle_queries // max(1, batches))  # spent by half of the run
     return QueryOracle(
         len(labels),
-        lambda i, j: _plain(known[i]) == _plain(known[j]),
+        partial(_same_label, labels),
         knobs.oracle_queries,
         per_batch,
     )
@@ -221,6 +201,10 @@ def build_oracle(config: Config, labels: Labels | None) -> Oracle:
 def uses_oracle(config: Config) -> bool:
     """Whether the run is PAL: whether labels reach its training."""
     return getattr(config.objective, "oracle", "none") != "none"
+
+
+def _same_label(labels: Labels, i: int, j: int) -> bool:
+    return bool(_plain(labels[i]) == _plain(labels[j]))
 
 
 def _plain(label: Any) -> Any:

@@ -13,7 +13,12 @@ import torch
 from torch import Tensor
 
 from fastssl.distributed import all_gather_index, all_gather_with_grad
-from fastssl.objectives.base import GraphObjective, Objective
+from fastssl.objectives.base import (
+    GraphObjective,
+    Objective,
+    at_least_float32,
+    without_autocast,
+)
 from fastssl.objectives.oracles import Oracle
 
 
@@ -33,13 +38,15 @@ class PAL(Objective):
         self._graph_loss = method.graph_loss
 
     def forward(self, features: Sequence[Tensor], index: Tensor) -> dict[str, Tensor]:
-        z = all_gather_with_grad(torch.stack([self.projector(f) for f in features]), self.group)
+        z = at_least_float32(torch.stack([self.projector(f) for f in features]))
+        z = all_gather_with_grad(z, self.group)
         embeddings, index = list(z), all_gather_index(index, self.group)
-        if self.training:
-            self.oracle.ask(index, z.detach().mean(0))
-        graph = self.oracle.block(index)
-        known = graph.count_nonzero() - len(graph)
-        loss = self._graph_loss(embeddings, neighbours(graph, len(embeddings)))
+        with without_autocast(z):
+            if self.training:
+                self.oracle.ask(index, z.detach().mean(0))
+            graph = self.oracle.block(index)
+            known = graph.count_nonzero() - len(graph)
+            loss = self._graph_loss(embeddings, neighbours(graph, len(embeddings)))
         return {"loss": loss, "known_pairs": known.float() / 2}
 
 

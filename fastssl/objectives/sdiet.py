@@ -12,31 +12,19 @@ Shapes: M data set, N batch, F features, D embedding, V views.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from fastssl.config import Config, require
-from fastssl.objectives.base import Objective, ProjectorKnobs, projector
+from fastssl.config import Config
+from fastssl.knobs import SDIETKnobs
+from fastssl.objectives.base import Objective, at_least_float32, projector, without_autocast
 from fastssl_kernels import linear_cross_entropy
 
 EPS = 1e-8  # torch.optim.AdamW's
 MEMORY = 200  # steps after which a row's momentum, (0.9 / 0.999^.5)^200 = 8e-10 of it, is dropped
-
-
-@dataclass(frozen=True)
-class SDIETKnobs(ProjectorKnobs):
-    """Knobs of S-DIET."""
-
-    label_smoothing: float = 0.8
-    """Label smoothing of the cross-entropy (arXiv:2302.10260)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self, "label_smoothing", 0 <= self.label_smoothing <= 1, "lie in [0, 1]")
 
 
 class SDIET(Objective):
@@ -78,12 +66,22 @@ class SDIET(Objective):
             )
         return cls(features, knobs, num_samples, lr=config.lr, weight_decay=config.weight_decay)
 
+    @classmethod
+    def check(cls, config: Config, knobs: Any) -> None:
+        if config.clip_norm:
+            raise ValueError(
+                "--method sdiet updates its rows before the norm of the whole gradient is known: "
+                "--clip-norm cannot be used"
+            )
+
     def set_lr(self, lr: float) -> None:
         self.head.lr = lr
 
     def forward(self, features: Sequence[Tensor], index: Tensor) -> dict[str, Tensor]:
         z = torch.stack([self.projector(f) for f in features])  # (V, N, D)
-        return {"loss": self.head(normalize(z, dim=2) * math.sqrt(z.shape[2]), index)}
+        with without_autocast(z):
+            z = normalize(at_least_float32(z), dim=2)
+            return {"loss": self.head(z * math.sqrt(z.shape[2]), index)}
 
 
 class BatchHead(nn.Module):
@@ -119,6 +117,18 @@ class BatchHead(nn.Module):
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.label_smoothing, self.lr = label_smoothing, lr
         self.weight_decay, self.betas = weight_decay, betas
+
+    def get_extra_state(self) -> Tensor:
+        """The learning rate, which a torch optimizer's state holds too. () float64"""
+        return torch.tensor(self.lr, dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.lr = float(state)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *arguments: Any) -> None:
+        name = prefix + "_extra_state"
+        state_dict = {name: self.get_extra_state(), **state_dict}  # older states have none
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def forward(self, embeddings: Tensor, index: Tensor) -> Tensor:
         """(V, N, D), and (N,) without repetition -> (). In training, backward() takes the step."""

@@ -9,36 +9,17 @@ Shapes: N batch, D embedding, V views, n = V N rows.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from fastssl.config import require
-from fastssl.objectives.base import GraphObjective, ProjectorKnobs
-from fastssl.objectives.oracles import OracleKnobs
+from fastssl.knobs import ContrastiveKnobs, ProjectorKnobs, SimCLRKnobs
+from fastssl.objectives.base import GraphObjective
 from fastssl_kernels import nt_xent_loss
 
 DUALITY = "On the duality between contrastive and non-contrastive SSL, arXiv:2206.02574"
-
-
-@dataclass(frozen=True)
-class ContrastiveKnobs(ProjectorKnobs):
-    """Knobs of the losses with a softmax over similarities."""
-
-    temperature: float = 0.15
-    """Temperature of the softmax; 0.15 is tuned for SimCLR in arXiv:2206.02574, section 5."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self, "temperature", self.temperature > 0, "be positive")
-
-
-@dataclass(frozen=True)
-class SimCLRKnobs(OracleKnobs, ContrastiveKnobs):
-    """Knobs of SimCLR, arXiv:2002.05709."""
 
 
 class SimCLR(GraphObjective):

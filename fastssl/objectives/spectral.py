@@ -11,32 +11,14 @@ Shapes: N batch, D embedding, V views, n = V N rows.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fastssl.distributed import all_gather_with_grad
-from fastssl.objectives.base import (
-    GraphObjective,
-    ProjectorKnobs,
-    graph_distance,
-    require_weights,
-)
-from fastssl.objectives.oracles import OracleKnobs
+from fastssl.knobs import SpectralKnobs
+from fastssl.objectives.base import GraphObjective, at_least_float32, graph_distance
 from fastssl_kernels import second_moment_energy
-
-
-@dataclass(frozen=True)
-class SpectralKnobs(OracleKnobs, ProjectorKnobs):
-    """Knobs of the spectral loss."""
-
-    orthogonality: float = 1.0
-    """Weight of |E[z z^T] - I|^2; 1 is the spectral contrastive loss (arXiv:2106.04156)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_weights(self, "orthogonality")
 
 
 class Spectral(GraphObjective):
@@ -52,7 +34,8 @@ class Spectral(GraphObjective):
         self.orthogonality = knobs.orthogonality
 
     def loss(self, embeddings: Sequence[Tensor]) -> Tensor:
-        z = all_gather_with_grad(torch.stack(tuple(embeddings)), self.group)  # (V, N, D)
+        z = at_least_float32(torch.stack(tuple(embeddings)))
+        z = all_gather_with_grad(z, self.group)  # (V, N, D)
         distance = 2 * z.var(0).sum(1).mean()  # of two views: twice the unbiased variance
         return distance + self.orthogonality * orthonormality(z.flatten(0, 1))
 

@@ -10,52 +10,14 @@ Shapes: N batch, D embedding, V views, n = V N rows.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from fastssl.objectives.base import (
-    GraphObjective,
-    ProjectorKnobs,
-    graph_distance,
-    require_weights,
-)
+from fastssl.knobs import VICRegKnobs
+from fastssl.objectives.base import GraphObjective, at_least_float32, graph_distance
 from fastssl.objectives.default_weights import default_cov_coeff
-from fastssl.objectives.oracles import OracleKnobs
 from fastssl_kernels import vicreg_loss
-
-
-@dataclass(frozen=True)
-class VarianceKnobs(ProjectorKnobs):
-    """The weights of VICReg and of its variants."""
-
-    sim_coeff: float = 25.0
-    """Weight of invariance (arXiv:2105.04906)."""
-    std_coeff: float = 25.0
-    """Weight of variance (arXiv:2105.04906)."""
-    cov_coeff: float | None = None
-    """Weight of covariance; by default that tuned in arXiv:2312.10725 for the width, 1 at 256
-    and 1/30 at 8192 (the first paper's is 1 at 8192); 1 for VICReg-exp and VICReg-ctr."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_weights(self, "sim_coeff", "std_coeff", "cov_coeff")
-
-    def weights(self, default_cov_coeff: float) -> dict[str, Any]:
-        """The keyword arguments of `vicreg_loss` and its variants."""
-        cov_coeff = default_cov_coeff if self.cov_coeff is None else self.cov_coeff
-        return {"sim_coeff": self.sim_coeff, "std_coeff": self.std_coeff, "cov_coeff": cov_coeff}
-
-
-@dataclass(frozen=True)
-class VICRegKnobs(OracleKnobs, VarianceKnobs):
-    """Knobs of VICReg, arXiv:2105.04906."""
-
-    pairing: Literal["pairs", "mean"] = "pairs"
-    """More than two views: all pairs, or each view with the mean of the others
-    (arXiv:2312.10725)."""
 
 
 class VICReg(GraphObjective):
@@ -74,7 +36,7 @@ class VICReg(GraphObjective):
     def loss(self, embeddings: Sequence[Tensor]) -> Tensor:
         if self.pairing == "pairs" or len(embeddings) == 2:
             return vicreg_loss(embeddings, group=self.group, **self.weights)
-        z = torch.stack(tuple(embeddings))  # (V, N, D)
+        z = at_least_float32(torch.stack(tuple(embeddings)))  # (V, N, D)
         others = (z.sum(0) - z) / (len(z) - 1)
         pairs = zip(z, others, strict=True)
         return torch.stack(

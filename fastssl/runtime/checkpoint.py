@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, Protocol
 import torch
 from torch import Tensor
 
+from fastssl.device import is_out_of_memory
 from fastssl.distributed import Ranks
 from fastssl.schedule import TrainState
 
@@ -49,15 +50,28 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
     """
     folder.mkdir(exist_ok=True)
     temporary = folder / "writing.tmp"
-    with open(temporary, "wb") as file:
-        hashing = _HashingFile(file)
-        torch.save(state, hashing)  # type: ignore[arg-type]
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, folder / f"step-{step:09d}-{hashing.hash.hexdigest()[:16]}.pt")
+    try:
+        digest = _write(temporary, state)
+        os.replace(temporary, folder / f"step-{step:09d}-{digest[:16]}.pt")
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     _sync_folder(folder)
     for path in checkpoints(folder)[KEEP_LAST:]:
         path.unlink()
+
+
+def _write(path: Path, state: dict[str, Any]) -> str:
+    """Write and sync a state; the checksum of the file. OSError where it cannot be written."""
+    with open(path, "wb") as file:
+        hashing = _HashingFile(file)
+        try:
+            torch.save(state, hashing)  # type: ignore[arg-type]
+        except RuntimeError as error:  # torch's writer raises one while it handles the file's
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+        file.flush()
+        os.fsync(file.fileno())
+    return hashing.hash.hexdigest()
 
 
 def load_checkpoint(
@@ -154,9 +168,18 @@ class TrainCheckpointer:
                 f"all ranks, this one has {self._global_batch}; set --global-batch "
                 f"{saved['global_batch']}"
             )
-        for name, part in self._parts.items():
-            part.load_state_dict(saved[name])
-        at, ranks = TrainState(**saved["progress"]), self._ranks
+        try:
+            for name, part in self._parts.items():
+                part.load_state_dict(saved[name])
+            at, ranks = TrainState(**saved["progress"]), self._ranks
+        except (KeyError, TypeError, RuntimeError, ValueError) as error:
+            if is_out_of_memory(error):
+                raise
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"the checkpoint in {self._folder} is not of this network, method or version: "
+                f"{reason}; pass another --run"
+            ) from None
         if len(saved["random"]) == ranks.world:
             _set_random_state(saved["random"][ranks.rank], self._device)
         else:

@@ -32,7 +32,7 @@ def centred(z: Tensor, total: int, group: str) -> tuple[Tensor, Tensor]:
 def column_dots(x: Tensor, y: Tensor) -> Tensor:
     """(V, n, D), (V, n, D) -> (V, D): inner products of the columns of this rank's rows."""
     parts = [(x[:, r] * y[:, r]).sum(1) for r in row_chunks(x)]
-    return torch.stack(parts).sum(0)
+    return torch.stack(parts).sum(0) if parts else x.new_zeros(x.shape[0], x.shape[2])
 
 
 def cross_gaps(x: Tensor) -> Tensor:

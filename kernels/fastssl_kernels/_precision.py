@@ -6,6 +6,8 @@ lse - target stays accurate where the loss is far smaller than lse.
 Shapes: any.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,14 @@ from fastssl_kernels._dispatch import use_triton
 def accumulation_dtype(x: Tensor) -> torch.dtype:
     """What sums over x and results are kept in: float64 for float64, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[None]:
+    """A context in which operations on x's device compute in the dtypes of their inputs."""
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device):  # meta
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def operand_dtype(z: Tensor, *, standardized: bool) -> torch.dtype:

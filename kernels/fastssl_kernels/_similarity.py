@@ -27,9 +27,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastssl_kernels._autograd import twice_differentiable
 from fastssl_kernels._class_softmax import blocks, zeros_for_none
 from fastssl_kernels._dispatch import matmul_t, use_triton
-from fastssl_kernels._precision import accumulation_dtype, power_of_two_scale, two_sum
+from fastssl_kernels._precision import (
+    accumulation_dtype,
+    power_of_two_scale,
+    two_sum,
+    without_autocast,
+)
 from fastssl_kernels._triton import similarity as kernels
 
 KINDS = {"cosine": 0, "squared": 1, "absolute": 2}  # f
@@ -179,13 +185,28 @@ def _gradients(
     return dq.mul_(unscale).to(q.dtype), dk.mul_(unscale).to(q.dtype)
 
 
+def _formula(
+    q: Tensor, k: Tensor, first: int, period: int, exclude_self: bool, kind: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """row (N,), positive (N,) and col (M,) in eager PyTorch, for second derivatives."""
+    dtype = accumulation_dtype(q)
+    s = _apply(q.to(dtype) @ k.to(dtype).T, kind)  # (N, M)
+    key = torch.arange(len(k), device=q.device) - first
+    distance = key - torch.arange(len(q), device=q.device)[:, None]
+    positive = (key >= 0) & (key < len(q)) & (distance % max(period, 1) == 0)
+    if exclude_self:
+        positive &= distance != 0
+        s = s.masked_fill(distance == 0, -torch.inf)
+    return s.logsumexp(1), s.where(positive, 0).sum(1), s.logsumexp(0)
+
+
 @torch.library.custom_op("fastssl::similarity_lse", mutates_args=())
 def similarity_lse(
     q: Tensor, k: Tensor, first: int, period: int, exclude_self: bool, kind: int, columns: bool
 ) -> Statistics:
     """row, row_lo (N,), col, col_lo (M,), or (0,) without `columns`, and positive (N,)."""
     pairs = Pairs(len(q), first, period, exclude_self)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         return _similarity_lse(q.contiguous(), k.contiguous(), pairs, kind, columns)
 
 
@@ -209,7 +230,7 @@ def similarity_lse_backward(
     """dq (N, D), and dk (M, D), or (0,) without `keys`. `upstream` in the order of Upstream."""
     up = Upstream(*(t.contiguous() for t in upstream))  # kernels take no strides
     pairs = Pairs(len(q), first, period, exclude_self)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         return _gradients(q.contiguous(), k.contiguous(), pairs, kind, up, keys)
 
 
@@ -230,8 +251,17 @@ def _backward(ctx, g_row, _, g_col, __, g_positive):
     q, k, row, row_lo, col, col_lo = ctx.saved_tensors
     g_row, g_positive = zeros_for_none((g_row, g_positive), row)
     (g_col,) = zeros_for_none((g_col,), col)
-    grads = (g_row * (-row_lo).exp(), g_positive, col, g_col * (-col_lo).exp())
-    dq, dk = similarity_lse_backward(q, k, [row, *grads, q.new_empty(0)], *ctx.options, True)
+    with torch.no_grad():
+        grads = (g_row * (-row_lo).exp(), g_positive, col, g_col * (-col_lo).exp())
+        upstream = [row, *grads, q.new_empty(0)]
+        dq, dk = similarity_lse_backward(q, k, upstream, *ctx.options, True)
+    used = 3 if len(col) else 2
+
+    def formula(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+        return _formula(q, k, *ctx.options)[:used]
+
+    used_grads = [g_row, g_positive, g_col][:used]
+    dq, dk = twice_differentiable([dq, dk], [q, k], used_grads, formula)
     return dq, dk, None, None, None, None, None
 
 
@@ -261,9 +291,15 @@ def _self_setup_context(ctx, inputs, output) -> None:
 def _self_backward(ctx, g, _, g_positive):
     z, row, row_lo = ctx.saved_tensors
     g, g_positive = zeros_for_none((g, g_positive), row)
-    g = g * (-row_lo).exp()
-    upstream = [row, g, g_positive, row, g, g_positive]
-    dz, _ = similarity_lse_backward(z, z, upstream, 0, ctx.period, True, ctx.kind, False)
+    with torch.no_grad():
+        scaled = g * (-row_lo).exp()
+        upstream = [row, scaled, g_positive, row, scaled, g_positive]
+        dz, _ = similarity_lse_backward(z, z, upstream, 0, ctx.period, True, ctx.kind, False)
+
+    def formula(z: Tensor) -> tuple[Tensor, ...]:
+        return _formula(z, z, 0, ctx.period, True, ctx.kind)[:2]
+
+    (dz,) = twice_differentiable([dz], [z], [g, g_positive], formula)
     return dz, None, None
 
 

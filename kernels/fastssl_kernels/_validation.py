@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from fastssl_kernels._autograd import PATH_EAGER, refuse_forward_mode
 from fastssl_kernels.distributed import group_name
 
 Path = Literal["auto", "gram", "direct", "eager"]
@@ -27,16 +28,22 @@ def check_views(
     path: str = "auto",
     group: Any = None,
     min_views: int = 2,
+    min_rows: int = 2,
 ) -> tuple[Tensor, str]:
-    """`views` as one tensor (V, n, D), and the name of `group`; ValueError if any is wrong."""
-    z = stack_views(views, op, min_views, min_rows=2 if group is None else 1)
+    """`views` as one tensor (V, n, D), and the name of `group`; ValueError if any is wrong.
+
+    A rank of a group may hold no row: how many there are together is for the op to check.
+    """
+    z = stack_views(views, op, min_views, min_rows if group is None else 0)
     if path not in PATHS:
         raise ValueError(f"{op}: path is {path!r}; choose one of {', '.join(PATHS)}")
+    if path != "eager":
+        refuse_forward_mode(op, PATH_EAGER, z)
     return z, group_name(group, op)
 
 
 def stack_views(
-    views: Tensor | Sequence[Tensor], op: str, min_views: int = 2, min_rows: int = 2
+    views: Tensor | Sequence[Tensor], op: str, min_views: int = 2, min_rows: int = 0
 ) -> Tensor:
     """`views` as one floating tensor (V, N, D), V >= min_views, N >= min_rows; else ValueError."""
     if not isinstance(views, Tensor):

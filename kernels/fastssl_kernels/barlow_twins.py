@@ -28,22 +28,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastssl_kernels._autograd import no_gradient, register_gradient, wants_gradient
-from fastssl_kernels._columns import (
-    centred,
-    column_dots,
-    cross_gaps,
-    row_chunks,
+from fastssl_kernels._autograd import (
+    eager_loss,
+    no_gradient,
+    register_gradient,
+    wants_gradient,
 )
+from fastssl_kernels._columns import centred, column_dots, cross_gaps, row_chunks
 from fastssl_kernels._dispatch import use_triton
-from fastssl_kernels._precision import accumulation_dtype, operand_dtype
+from fastssl_kernels._precision import accumulation_dtype, operand_dtype, without_autocast
 from fastssl_kernels._triton.barlow_twins import fused_gradient, fused_loss
 from fastssl_kernels._validation import Path, check_views
-from fastssl_kernels.distributed import (
-    all_gather_with_grad,
-    all_reduce_sum,
-    row_counts,
-)
+from fastssl_kernels.distributed import all_reduce_sum, require_rows, row_counts
 from fastssl_kernels.second_moment import choose_path, energy_and_product
 
 Pairing = Literal["pairs", "mean"]
@@ -104,9 +100,8 @@ def barlow_twins_loss(
     if pairing not in ("pairs", "mean"):
         raise ValueError(f"barlow_twins_loss: pairing is {pairing!r}; choose 'pairs' or 'mean'")
     if path == "eager":
-        batch = all_gather_with_grad(z, ranks)
-        loss = barlow_twins_loss_reference(batch, lambd=lambd, eps=eps, pairing=pairing)
-        return loss.to(accumulation_dtype(z))
+        settings = {"lambd": lambd, "eps": eps, "pairing": pairing}
+        return eager_loss(barlow_twins_loss_reference, z, ranks, **settings)
     by_mean = pairing == "mean" and len(z) > 2
     if z.shape[1] == 2 and not ranks:  # columns are +-1 and the gradient nearly cancels
         loss = _loss(z.double(), lambd, eps, by_mean, path, "", wants_gradient(z))[0]
@@ -123,8 +118,9 @@ def _loss(
     All but the loss are for the backward pass; without `gradient` they are empty.
     """
     rows = row_counts(z, group)
+    require_rows(rows, 2, "barlow_twins_loss")
     resolved_path = choose_path(path, z, sum(rows), pairs=not by_mean)
-    with torch.autocast(z.device.type, enabled=False):
+    with without_autocast(z):
         if use_triton(z) and not by_mean and not group:
             return fused_loss(z, lambd, eps, resolved_path, gradient)
         return _lean_loss(z, rows, lambd, eps, by_mean, resolved_path, group, gradient)
@@ -222,7 +218,7 @@ def _gradient(
     if use_triton(z):
         return fused_gradient(grad, z, product, mean, scale, coef)
     out = torch.empty_like(z)
-    with torch.autocast(z.device.type, enabled=False):
+    with without_autocast(z):
         scale, coef = scale * grad, coef * grad
         product = product.expand(z.shape)
         for r in row_chunks(z):
@@ -234,4 +230,9 @@ def _gradient(
     return out
 
 
-register_gradient(_loss, _gradient)
+def _formula(z: Tensor, lambd: float, eps: float, by_mean: bool, _: str) -> Tensor:
+    pairing: Pairing = "mean" if by_mean else "pairs"
+    return barlow_twins_loss_reference(z, lambd=lambd, eps=eps, pairing=pairing)
+
+
+register_gradient(_loss, _gradient, _formula)

@@ -8,18 +8,22 @@ smaller serves all views, and the gradient a (I + a Z Z^T)^-1 Z solves with the 
 Shapes: V views, N batch, n rows of this rank, D embedding.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastssl_kernels._autograd import register_scaled_gradient, wants_gradient
-from fastssl_kernels._precision import accumulation_dtype
+from fastssl_kernels._autograd import (
+    eager_loss,
+    register_scaled_gradient,
+    wants_gradient,
+)
+from fastssl_kernels._precision import accumulation_dtype, without_autocast
 from fastssl_kernels._validation import Path, check_views
 from fastssl_kernels.distributed import (
     all_gather_padded,
-    all_gather_with_grad,
     all_reduce_sum,
     padded_offset,
     row_counts,
@@ -32,8 +36,13 @@ def coding_rate_reference(views: Tensor | Sequence[Tensor], *, eps_sq: float = 0
     for z in views:
         n, width = z.shape
         eye = torch.eye(width, dtype=z.dtype, device=z.device)
-        rates.append(torch.logdet(eye + width / (n * eps_sq) * z.T @ z) / 2)
+        rates.append(torch.logdet(eye + _weight(n, width, eps_sq) * z.T @ z) / 2)
     return torch.stack(rates).mean()
+
+
+def _weight(rows: int, width: int, eps_sq: float) -> float:
+    """a of the formula; without rows 0 / 0."""
+    return width / (rows * eps_sq) if rows else math.nan
 
 
 def coding_rate(
@@ -51,15 +60,14 @@ def coding_rate(
     group: ranks whose rows form one batch (distributed.py has the contract for value and gradient).
 
     Takes float64, 32, 16 or bfloat16, computes in float32 or float64 and returns that. NaN where
-    I + a Z^T Z is not positive definite in that precision. ValueError on other shapes or dtypes,
-    mixed devices, eps_sq <= 0, an unknown path, a group without this rank.
+    I + a Z^T Z is not positive definite in that precision, and of no rows. ValueError on other
+    shapes or dtypes, mixed devices, eps_sq <= 0, an unknown path, a group without this rank.
     """
-    z, ranks = check_views(views, "coding_rate", path=path, group=group, min_views=1)
+    z, ranks = check_views(views, "coding_rate", path=path, group=group, min_views=1, min_rows=0)
     if not eps_sq > 0:
         raise ValueError(f"coding_rate: eps_sq is {eps_sq}; it must be positive")
     if path == "eager":
-        batch = all_gather_with_grad(z.to(accumulation_dtype(z)), ranks)
-        return coding_rate_reference(batch, eps_sq=eps_sq)
+        return eager_loss(coding_rate_reference, z, ranks, eps_sq=eps_sq)
     return _rate(z.contiguous(), eps_sq, path, ranks, wants_gradient(z))[0]
 
 
@@ -68,9 +76,9 @@ def _rate(z: Tensor, eps_sq: float, path: str, group: str, gradient: bool) -> tu
     """(R, dR/dz), the gradient in fp32 or fp64, and empty where not requested."""
     rows = row_counts(z, group)
     total, width = sum(rows), z.shape[2]
-    weight = width / (total * eps_sq)
-    by_rows = path == "gram" or (path == "auto" and total < width)
-    with torch.autocast(z.device.type, enabled=False):
+    weight = _weight(total, width, eps_sq)
+    by_rows = total > 0 and (path == "gram" or (path == "auto" and total < width))
+    with without_autocast(z):
         x = z.to(accumulation_dtype(z))
         if by_rows:
             x = all_gather_padded(x, rows, group)  # padding rows add ones to the diagonal: logdet 0
@@ -98,4 +106,4 @@ def _(z: Tensor, eps_sq: float, path: str, group: str, gradient: bool) -> tuple[
     return z.new_empty((), dtype=dtype), z.new_empty(z.shape if gradient else (0,), dtype=dtype)
 
 
-register_scaled_gradient(_rate)
+register_scaled_gradient(_rate, lambda z, eps_sq, _: coding_rate_reference(z, eps_sq=eps_sq))

@@ -22,6 +22,11 @@ from torch.nn import functional as F
 
 from fastssl_kernels._precision import log_sum
 
+SECOND_ACROSS_RANKS = (
+    "second derivatives of a loss over a process group are not implemented, since they need terms "
+    "of other ranks' rows; compute them without group="
+)
+
 # torch 2.14 deprecates the old name; 2.11 has no other
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -61,9 +66,32 @@ def row_counts(z: Tensor, name: str) -> list[int]:
         raise ValueError(
             f"ranks hold views of shapes {shapes}; only the batch (V, n, D)[1] may differ"
         )
-    if sum(rows for _, rows, _ in shapes) < 2:
-        raise ValueError(f"ranks hold views of shapes {shapes}; wanted a batch of N >= 2 rows")
     return [rows for _, rows, _ in shapes]
+
+
+def require_rows(rows: list[int], least: int, op: str) -> None:
+    """ValueError, the same on every rank, unless the ranks hold at least `least` rows together."""
+    if sum(rows) < least:
+        raise ValueError(f"{op}: ranks hold {rows} rows; wanted a batch of N >= {least}")
+
+
+def require_equal_rows(x: Tensor, group: Any, op: str) -> None:
+    """Raise on every rank unless x has one shape on all of them.
+
+    ValueError on a CPU; on CUDA a device assert, so that no step waits for the host.
+    """
+    if group is None:
+        return
+    local = torch.stack([torch.full((), n, device=x.device) for n in x.shape])  # no copy from host
+    gathered = local.new_empty(dist.get_world_size(group) * len(local))
+    _all_gather_single(gathered, local, group=group)
+    shapes = gathered.view(-1, len(local))
+    equal = (shapes == local).all()
+    wanted = "every rank must hold as many; drop the last batch, or cut it to the smallest"
+    if x.is_cuda:
+        torch._assert_async(equal, f"{op}: ranks hold different numbers of rows; {wanted}")
+    elif not bool(equal):
+        raise ValueError(f"{op}: ranks hold rows of shapes {shapes.tolist()}; {wanted}")
 
 
 def all_reduce_sum(x: Tensor, name: str) -> Tensor:
@@ -100,8 +128,40 @@ def all_gather_with_grad(z: Tensor, name: str) -> Tensor:
     with torch.no_grad():
         padded = all_gather_padded(z, rows, name)
     parts = [padded[:, r * longest : r * longest + n] for r, n in enumerate(rows)]
-    parts[dist.get_rank(_resolve(name))] = scale_grad_by_world_size(z, len(rows))
+    parts[dist.get_rank(_resolve(name))] = _OwnRows.apply(z, len(rows))
     return torch.cat(parts, dim=1)
+
+
+class _RefuseBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, derivative: Tensor, x: Tensor, message: str) -> Tensor:
+        ctx.message = message
+        return derivative.view_as(derivative)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise NotImplementedError(ctx.message)
+
+
+def refuse_backward(derivative: Tensor, x: Tensor, message: str) -> Tensor:
+    """`derivative`, of a loss with respect to x; under create_graph its backward raises."""
+    if not torch.is_grad_enabled():
+        return derivative
+    return _RefuseBackward.apply(derivative.detach(), x, message)  # type: ignore[no-any-return]
+
+
+class _OwnRows(torch.autograd.Function):
+    """This rank's rows among those of all ranks; see all_gather_with_grad."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, world: int) -> Tensor:
+        ctx.world = world
+        ctx.save_for_backward(z)
+        return z.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return refuse_backward(grads[0] * ctx.world, *ctx.saved_tensors, SECOND_ACROSS_RANKS), None
 
 
 def scale_grad_by_world_size(x: Tensor, world: int) -> Tensor:
@@ -165,16 +225,19 @@ class _AllGatherInputs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, shard: Shard) -> Tensor:
         ctx.shard = shard
+        ctx.save_for_backward(x)
         return all_gather_rows(x, shard)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         """Each rank holds its classes' part of the gradient of every row; the sum is the whole."""
         shard, n = ctx.shard, len(grads[0]) // ctx.shard.world
-        total = grads[0].float() if grads[0].dtype != torch.float64 else grads[0].clone()
+        dtype = torch.float64 if grads[0].dtype == torch.float64 else torch.float32
+        total = grads[0].detach().to(dtype, copy=True)
         dist.all_reduce(total, group=shard.group)
         local = total[dist.get_rank(shard.group) * n :][:n]
-        return (local * shard.world).to(grads[0].dtype), None
+        dx = (local * shard.world).to(grads[0].dtype)
+        return refuse_backward(dx, *ctx.saved_tensors, SECOND_ACROSS_RANKS), None
 
 
 class _AllReduceSum(torch.autograd.Function):

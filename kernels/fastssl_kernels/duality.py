@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastssl_kernels._precision import accumulation_dtype
+from fastssl_kernels._precision import accumulation_dtype, without_autocast
 from fastssl_kernels._validation import Path, check_views
-from fastssl_kernels.distributed import all_gather_with_grad
+from fastssl_kernels.distributed import all_gather_with_grad, require_rows
 from fastssl_kernels.second_moment import second_moment_energy
 from fastssl_kernels.vicreg import invariance, variance
 
@@ -30,7 +30,8 @@ def dimension_contrastive_loss(
 
     Arguments, dtypes and errors as in `second_moment_energy`; arXiv:2206.02574, eq. 9.
     """
-    z, _ = check_views(views, "dimension_contrastive_loss", group=group, min_views=1)
+    name = "dimension_contrastive_loss"
+    z, _ = check_views(views, name, path=path, group=group, min_views=1, min_rows=0)
     return second_moment_energy(z, pairs=False, diagonal=False, path=path, group=group) / len(z)
 
 
@@ -42,10 +43,11 @@ def sample_contrastive_loss(
     The dimension-contrastive loss of Z^T, so "gram" multiplies D x D and "direct" N x N matrices.
     Arguments, dtypes and errors as in `second_moment_energy`; arXiv:2206.02574, eq. 8.
     """
-    z, ranks = check_views(views, "sample_contrastive_loss", group=group, min_views=1)
+    name = "sample_contrastive_loss"
+    z, ranks = check_views(views, name, path=path, group=group, min_views=1, min_rows=0)
     batch = all_gather_with_grad(z, ranks)
-    if batch.shape[2] == 1:  # second_moment_energy wants two rows; a zero column changes no product
-        batch = torch.nn.functional.pad(batch, (0, 1))
+    if batch.shape[1] == 0:  # second_moment_energy wants a column; a zero row changes no product
+        batch = torch.nn.functional.pad(batch, (0, 0, 0, 1))
     transposed = batch.transpose(1, 2)
     return second_moment_energy(transposed, pairs=False, diagonal=False, path=path) / len(z)
 
@@ -66,8 +68,10 @@ def vicreg_exp_loss(
     Other arguments as in `vicreg_loss`; arXiv:2206.02574, eq. 11.
     """
     z = _global_batch(views, temperature, group, "vicreg_exp_loss")
-    spread = std_coeff * variance(z, gamma, eps) + cov_coeff * _log_exp_covariance(z, temperature)
-    return sim_coeff * invariance(z) + spread
+    with without_autocast(z[0]):
+        covariance = _log_exp_covariance(z, temperature)
+        spread = std_coeff * variance(z, gamma, eps) + cov_coeff * covariance
+        return sim_coeff * invariance(z) + spread
 
 
 def vicreg_ctr_loss(
@@ -90,20 +94,22 @@ def vicreg_ctr_loss(
     if z[0].shape[1] < 2:
         raise ValueError(f"vicreg_ctr_loss: views are {tuple(z[0].shape)}; wanted (N, D), D >= 2")
     swapped = [view.T for view in z]
-    spread = std_coeff * variance(swapped, gamma, eps)
-    return (
-        sim_coeff * invariance(z) + spread + cov_coeff * _log_exp_covariance(swapped, temperature)
-    )
+    with without_autocast(z[0]):
+        covariance = _log_exp_covariance(swapped, temperature)
+        spread = std_coeff * variance(swapped, gamma, eps)
+        return sim_coeff * invariance(z) + spread + cov_coeff * covariance
 
 
 def _global_batch(
     views: Tensor | Sequence[Tensor], temperature: float, group: Any, name: str
 ) -> list[Tensor]:
     """The checked views of all ranks, V x (N, D), float32 or float64."""
-    z, ranks = check_views(views, name, group=group)
+    z, ranks = check_views(views, name, path="eager", group=group)
     if not temperature > 0:
         raise ValueError(f"{name}: temperature is {temperature}; it must be positive")
-    return list(all_gather_with_grad(z.to(accumulation_dtype(z)), ranks))
+    batch = all_gather_with_grad(z.to(accumulation_dtype(z)), ranks)
+    require_rows([batch.shape[1]], 2, name)
+    return list(batch)
 
 
 def _log_exp_covariance(views: Sequence[Tensor], temperature: float) -> Tensor:

@@ -23,16 +23,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastssl_kernels._autograd import register_scaled_gradient, wants_gradient
-from fastssl_kernels._columns import column_dots, cross_dots
-from fastssl_kernels._precision import accumulation_dtype
-from fastssl_kernels._validation import Path, check_views
-from fastssl_kernels.distributed import (
-    all_gather_padded,
-    all_gather_with_grad,
-    all_reduce_sum,
-    row_counts,
+from fastssl_kernels._autograd import (
+    eager_loss,
+    register_scaled_gradient,
+    wants_gradient,
 )
+from fastssl_kernels._columns import column_dots, cross_dots
+from fastssl_kernels._precision import accumulation_dtype, without_autocast
+from fastssl_kernels._validation import Path, check_views
+from fastssl_kernels.distributed import all_gather_padded, all_reduce_sum, row_counts
 
 SLAB = 2**20  # elements of a slab on a CPU (4 MiB of fp32)
 SLAB_CUDA = 2**24  # elements of a slab on a GPU (32 MiB of bf16, less than its L2 cache)
@@ -129,7 +128,7 @@ def _energy(
     x = z.to(accumulation_dtype(z))
     rows = row_counts(z, group)
     resolved_path = choose_path(path, z, sum(rows), pairs)
-    with torch.autocast(z.device.type, enabled=False):
+    with without_autocast(z):
         energy, product = energy_and_product(
             x, rows, pairs=pairs, path=resolved_path, scale=1.0, group=group, product=gradient
         )
@@ -160,7 +159,11 @@ def _(
     return z.new_empty((), dtype=dtype), z.new_empty(z.shape if gradient else (0,), dtype=dtype)
 
 
-register_scaled_gradient(_energy)
+def _formula(z: Tensor, pairs: bool, diagonal: bool, _: str) -> Tensor:
+    return second_moment_energy_reference(z, pairs=pairs, diagonal=diagonal)
+
+
+register_scaled_gradient(_energy, _formula)
 
 
 def second_moment_energy(
@@ -183,11 +186,9 @@ def second_moment_energy(
     """
     min_views = 2 if pairs else 1
     z, ranks = check_views(
-        views, "second_moment_energy", path=path, group=group, min_views=min_views
+        views, "second_moment_energy", path=path, group=group, min_views=min_views, min_rows=0
     )
     if path == "eager":
-        value = second_moment_energy_reference(
-            all_gather_with_grad(z, ranks), pairs=pairs, diagonal=diagonal
-        )
-        return value.to(accumulation_dtype(z))
+        settings = {"pairs": pairs, "diagonal": diagonal}
+        return eager_loss(second_moment_energy_reference, z, ranks, **settings)
     return _energy(z.contiguous(), pairs, diagonal, path, ranks, wants_gradient(z))[0]

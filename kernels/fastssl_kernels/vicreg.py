@@ -25,22 +25,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastssl_kernels._autograd import no_gradient, register_gradient, wants_gradient
-from fastssl_kernels._columns import (
-    centred,
-    column_dots,
-    cross_gaps,
-    row_chunks,
+from fastssl_kernels._autograd import (
+    eager_loss,
+    no_gradient,
+    register_gradient,
+    wants_gradient,
 )
+from fastssl_kernels._columns import centred, column_dots, cross_gaps, row_chunks
 from fastssl_kernels._dispatch import use_triton
-from fastssl_kernels._precision import accumulation_dtype, operand_dtype
+from fastssl_kernels._precision import accumulation_dtype, operand_dtype, without_autocast
 from fastssl_kernels._triton.vicreg import fused_gradient, fused_loss
 from fastssl_kernels._validation import Path, check_views
-from fastssl_kernels.distributed import (
-    all_gather_with_grad,
-    all_reduce_sum,
-    row_counts,
-)
+from fastssl_kernels.distributed import all_reduce_sum, require_rows, row_counts
 from fastssl_kernels.second_moment import choose_path, energy_and_product
 
 
@@ -105,15 +101,16 @@ def vicreg_loss(
     """
     z, ranks = check_views(views, "vicreg_loss", path=path, group=group)
     if path == "eager":
-        loss = vicreg_loss_reference(
-            all_gather_with_grad(z, ranks),
+        return eager_loss(
+            vicreg_loss_reference,
+            z,
+            ranks,
             sim_coeff=sim_coeff,
             std_coeff=std_coeff,
             cov_coeff=cov_coeff,
             gamma=gamma,
             eps=eps,
         )
-        return loss.to(accumulation_dtype(z))
     return _loss(
         z.contiguous(),
         sim_coeff,
@@ -156,6 +153,7 @@ def _loss(
     All but the loss are for the backward pass; without `gradient` they are empty.
     """
     rows = row_counts(z, group)
+    require_rows(rows, 2, "vicreg_loss")
     resolved_path = choose_path(path, z, sum(rows), pairs=False)
     views, _, width = z.shape
     invariance_weight = 2 * sim_coeff / (views * (views - 1) * sum(rows) * width)
@@ -169,7 +167,7 @@ def _loss(
         gamma=gamma,
         eps=eps,
     )
-    with torch.autocast(z.device.type, enabled=False):
+    with without_autocast(z):
         if use_triton(z) and not group:
             return fused_loss(z, weights, resolved_path, gradient)
         return _lean_loss(z, rows, weights, resolved_path, group, gradient)
@@ -242,7 +240,7 @@ def _gradient(
     if use_triton(z):
         return fused_gradient(grad, z, product, mean, diag_coef, factors)
     out = torch.empty_like(z)
-    with torch.autocast(z.device.type, enabled=False):
+    with without_autocast(z):
         diag_coef = diag_coef * grad
         alpha, invariance_grad = factors * grad
         for r in row_chunks(z):
@@ -255,4 +253,18 @@ def _gradient(
     return out
 
 
-register_gradient(_loss, _gradient)
+def _formula(
+    z: Tensor,
+    sim_coeff: float,
+    std_coeff: float,
+    cov_coeff: float,
+    gamma: float,
+    eps: float,
+    path: str,
+) -> Tensor:
+    return vicreg_loss_reference(
+        z, sim_coeff=sim_coeff, std_coeff=std_coeff, cov_coeff=cov_coeff, gamma=gamma, eps=eps
+    )
+
+
+register_gradient(_loss, _gradient, _formula)

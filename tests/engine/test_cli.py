@@ -13,12 +13,17 @@ import torch
 from PIL import Image
 
 from fastssl.cli import COMMANDS, run
+from fastssl.cli.knob_flags import flag_parser, knob_docs
 from fastssl.cli.parsing import parse_config
 from fastssl.config import Config, flag, knob_names
+from fastssl.evaluation.defaults import PROBE_NAMES, PROTOCOL_SOURCES
+from fastssl.evaluation.probes import PROBES
+from fastssl.evaluation.protocols import PROTOCOLS
 from fastssl.evaluation.spectrum import rankme
+from fastssl.knobs import KNOBS
 from fastssl.objectives import METHODS
 from fastssl.objectives.pal import PAL
-from fastssl.recipes import recipe_config
+from fastssl.recipes import RECIPES, recipe_config
 
 QUICK = ["--epochs", "1", "--warmup-epochs", "0", "--backbone", "fastnet-8", "--label-draws", "1"]
 
@@ -43,27 +48,87 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     flags = set(re.findall(r"--[a-z][a-z-]*", out)) - {"--help"}
     knobs = knob_names(Config) | knob_names(METHODS["diet"].Knobs)
-    assert {name for name in flags if not name.startswith("--no-")} == set(map(flag, knobs))
-    assert "default: digits)" in out.replace("'", "")
+    named = {name for name in flags if not name.startswith("--no-")}
+    assert named - {"--dry-run", "--measure", "--knob"} == set(map(flag, knobs))
+    assert out.count("(default:") == len(knobs) and "(default: digits)" in out
+
+
+def test_help_groups_knobs_and_shows_the_defaults_of_the_recipe() -> None:
+    config = recipe_config("diet-cpu", sample_rate=1.0)
+    text = " ".join(flag_parser("x", config).format_help().split())
+    found = [
+        text.index(f" {heading}: --{first} ")
+        for heading, first in (
+            ("data", "data"),
+            ("method", "method"),
+            ("network", "backbone"),
+            ("optimisation", "batch-size"),
+            ("execution", "seed"),
+            ("reports", "run"),
+            ("knobs of diet", "label-smoothing"),
+        )
+    ]
+    assert found == sorted(found)
+    values = {name: getattr(config, name) for name in knob_names(Config)}
+    values |= {name: getattr(config.objective, name) for name in knob_names(type(config.objective))}
+    for name, value in values.items():
+        shown = re.search(rf" {flag(name)}(?:,| [^- ]).*?\(default: (.*?)\)", text)
+        assert shown and shown[1] == {"": "none", "None": "auto"}.get(str(value), str(value)), name
+
+
+def test_help_documents_every_knob_of_every_method() -> None:
+    assert {name: method.Knobs for name, method in METHODS.items()} == KNOBS
+    for cls in (Config, *KNOBS.values()):
+        headings, docs = knob_docs(cls)
+        assert set(docs) >= knob_names(cls) and all(docs[name] for name in knob_names(cls))
+        assert bool(headings[min(docs)]) == (cls is Config)
+
+
+def test_the_command_line_names_the_protocols_and_probes_that_there_are() -> None:
+    assert {name: protocol.source for name, protocol in PROTOCOLS.items()} == PROTOCOL_SOURCES
+    assert tuple(PROBES) == PROBE_NAMES
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--version"]) == 0
+    assert re.fullmatch(r"fastssl (\d+\.\d+.*|\(not installed.*\))\n", capsys.readouterr().out)
+
+
+def test_output_is_not_wrapped_in_a_pipe_and_may_be_ascii(tmp_path: Path) -> None:
+    env = {**os.environ, "PYTHONPATH": ":".join(sys.path), "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-c", "from fastssl.cli import main; main()", "recipes"]
+    done = subprocess.run(command, capture_output=True, env=env)
+    assert done.returncode == 0, done.stderr
+    card = str(RECIPES["digits-diet"].card).replace("±", "+/-")
+    assert len(card) > 80 and f"    {card}\n" in done.stdout.decode("ascii")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["trian"], "unknown command 'trian'; there are train, eval, rank, select, views"),
-        (["train"], "needs a recipe first; there are digits-diet"),
-        (["train", "digits-dite"], "unknown recipe 'digits-dite'; there are digits-diet"),
+        (["trian"], "unknown command 'trian'; did you mean train?"),
+        (["zzz"], "unknown command 'zzz'; there are train, eval, rank, select, views"),
+        (["train"], "needs a recipe first; there are barlow, diet, vicreg"),
+        (["train", "digits-dite"], "unknown recipe 'digits-dite'; did you mean digits-diet?"),
+        (["views", "zzz"], "unknown recipe 'zzz'; there are barlow, diet, vicreg, simclr"),
+        (["train", "digits-diet", "photos"], "unrecognized arguments: photos"),
         (["train", "digits-diet", "--epoch", "3"], "unknown knob --epoch; did you mean --epochs?"),
         (
             ["train", "digits-diet", "--zzz", "3"],
             "unknown knob --zzz; `fastssl train RECIPE --help` lists the knobs",
         ),
-        (["train", "digits-diet", "--epochs", "three"], "Error parsing --epochs: invalid literal"),
+        (["train", "digits-diet", "--epochs", "three"], "argument --epochs: invalid int"),
         (
             ["train", "digits-diet", "--method", "simsiam"],
-            "unknown --method 'simsiam'; there are",
+            "unknown --method 'simsiam'; there are barlow, diet, emp_ssl",
         ),
-        (["train", "digits-diet", "--epochs"], "Missing value for argument '--epochs'"),
+        (
+            ["train", "digits-diet", "--method", "simcrl"],
+            "unknown --method 'simcrl'; did you mean simclr?",
+        ),
+        (["train", "digits-diet", "--epochs"], "--epochs: expected one argument"),
+        (["train", "digits-diet", "--engine", "dalli"], "--engine: invalid choice: 'dalli'"),
+        (["recipes", "digits"], "unrecognized arguments: digits; see `fastssl recipes --help`"),
         (["train", "digits-diet", "--batch-size", "0"], "--batch-size is 0: it must be at least 1"),
         (["train", "barlow", "--lambd", "-1"], "fastssl: --lambd is -1.0: it must be 0 or more"),
         (
@@ -151,15 +216,11 @@ def test_default_run_folders_do_not_collide(
 
 def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["recipes"]) == 0
-    out = capsys.readouterr().out
-    for name in (
-        "digits-diet",
-        "digits-barlow",
-        "cifar10-diet",
-        "cifar10-barlow",
-        "cifar10-vicreg",
-    ):
-        assert name in out
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.strip() for line in lines if re.fullmatch(r"  \S+", line)] == list(RECIPES)
+    own = [name for name, recipe in RECIPES.items() if not recipe.settings.data]
+    assert lines[0] == "for your own images: --data PATH" and own == list(RECIPES)[: len(own)]
+    assert len(own) == 6 and f"    {RECIPES['digits-diet'].card}" in lines
 
 
 def test_methods_are_listed_with_their_cards(capsys: pytest.CaptureFixture[str]) -> None:

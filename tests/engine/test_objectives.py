@@ -20,10 +20,11 @@ from torch.nn import functional as F
 from fastssl.cli.parsing import parse_config
 from fastssl.config import Config, knob_names
 from fastssl.data.datasets import load_array
+from fastssl.knobs import OracleKnobs, ProjectorKnobs
 from fastssl.objectives import METHODS, build_objective, configured
-from fastssl.objectives.base import Objective, ProjectedObjective, ProjectorKnobs
+from fastssl.objectives.base import Objective, ProjectedObjective
 from fastssl.objectives.default_weights import default_cov_coeff, default_lambd
-from fastssl.objectives.oracles import LabelOracle, Oracle, OracleKnobs
+from fastssl.objectives.oracles import LabelOracle, Oracle
 from fastssl.objectives.pal import PAL
 from fastssl.objectives.sdiet import BatchHead
 from fastssl.optim import build_optimizer

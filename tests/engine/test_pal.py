@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastssl.config import Config
+from fastssl.knobs import OracleKnobs
 from fastssl.objectives import METHODS, build_objective, configured
 from fastssl.objectives.base import GraphObjective
-from fastssl.objectives.oracles import LabelOracle, Oracle, OracleKnobs, build_oracle
+from fastssl.objectives.oracles import LabelOracle, Oracle, build_oracle
 from fastssl.objectives.pal import PAL, neighbours
 from fastssl.train import train
 from fastssl_kernels import nt_xent_loss, vicreg_loss

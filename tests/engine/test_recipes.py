@@ -63,10 +63,10 @@ def constants(path: Path) -> set[str]:
 
 
 def test_a_method_is_named_in_its_line_and_in_its_recipes_alone() -> None:
-    """CONTRIBUTING: one file, one line, one recipe. Config names the default of --method, and of
-    --policy, which is called like a method."""
+    """CONTRIBUTING: one file, one line, one recipe, and its knobs where help reads them. Config
+    names the default of --method, and of --policy, which is called like a method."""
     assert "one file, one line and one recipe" in (ROOT / "CONTRIBUTING.md").read_text()
-    wanted = {"fastssl/objectives/__init__.py", "fastssl/recipes.py"}
+    wanted = {"fastssl/objectives/__init__.py", "fastssl/knobs.py", "fastssl/recipes.py"}
     defaults = {Config.method, Config.policy}
     for name, method in METHODS.items():
         files = {

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from fastssl.cli import run
 from fastssl.runtime.signals import Interrupted, stop_signals
 
 TRIALS = int(os.environ.get("FASTSSL_TRIALS", "3"))  # of SIGKILLs; 20 take 20 minutes
+ENVIRONMENT = {**os.environ, "PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"}
 SMALL = ("--epochs", "12", "--backbone", "fastnet-8", "--label-draws", "1")
 
 
@@ -39,14 +41,73 @@ def test_signals_stop_at_once_or_are_deferred() -> None:
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+BUSY = """
+import hashlib, sys
+from fastssl.runtime.signals import stop_signals
+with stop_signals() as stop:
+    with stop.deferred():
+        print("busy", flush=True)
+        {busy}
+"""
+NATIVE = 'hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # minutes without Python'
+
+
+@pytest.mark.parametrize("busy", ["while True: pass", NATIVE])
+def test_a_second_ctrl_c_stops_within_a_second(busy: str) -> None:
+    """Also where the main thread is in native code, in which Python calls no signal handler."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", BUSY.format(busy=busy)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    assert process.stdout and process.stderr
+    assert process.stdout.readline() == "busy\n"
+    process.send_signal(signal.SIGINT)
+    first = process.stderr.readline()
+    assert first.startswith("fastssl: SIGINT received: saving after the current step; press Ctrl-C")
+    process.send_signal(signal.SIGINT)  # the same press, passed on by a launcher
+    time.sleep(0.3)
+    assert process.poll() is None
+    begin = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=10)
+    assert time.monotonic() - begin < 1
+    assert process.returncode == 130 if busy == NATIVE else "Interrupted: stopped by SIGINT" in err
+
+
+def test_only_ctrl_c_counts_as_a_second_signal() -> None:
+    """Schedulers and launchers repeat SIGTERM, or send it after Ctrl-C, while the run saves."""
+    with stop_signals() as stop, stop.deferred():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1):
+            signal.raise_signal(number)
+            time.sleep(0.25)
+        assert stop.received == signal.SIGUSR1
+
+
+def test_outside_the_main_thread_there_are_no_signals() -> None:
+    logged: list[str] = []
+
+    def worker() -> None:
+        with stop_signals(logged.append) as stop, stop.deferred():
+            assert stop.received is None
+        logged.append("done")
+
+    thread = threading.Thread(target=worker)
+    thread.start()
+    thread.join()
+    assert logged == [
+        "training outside the main thread: no signal saves or stops this run",
+        "done",
+    ]
+
+
 def command(run: Path, *arguments: str) -> list[str]:
     arguments = arguments or ("digits-diet", *SMALL)
     code = "from fastssl.cli import main; main()"
     flags = ("--run", str(run), "--checkpoint-s", "0.05")
     return [sys.executable, "-c", code, "train", *arguments, *flags]
-
-
-ENVIRONMENT = {**os.environ, "PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"}
 
 
 def start(run: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -142,7 +203,9 @@ def test_a_signal_saves_and_the_same_command_resumes(
     process.send_signal(number)
     _, err = process.communicate()
     assert process.returncode == code
-    assert err == f"fastssl: stopped by {number.name}; the same command resumes the run\n"
+    received, stopped = err.splitlines()
+    assert received.startswith(f"fastssl: {number.name} received: saving after the current step")
+    assert stopped == f"fastssl: stopped by {number.name}; the same command resumes the run"
     out, _ = start(run).communicate()
     assert "resumed at step" in out
     assert_equal_weights(run, uninterrupted)

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from fastssl.backbones import build_backbone
 from fastssl.config import Config
 from fastssl.distributed import SINGLE_PROCESS
+from fastssl.knobs import BarlowTwinsKnobs
 from fastssl.objectives import build_objective, configured
-from fastssl.objectives.barlow_twins import BarlowTwins, BarlowTwinsKnobs
+from fastssl.objectives.barlow_twins import BarlowTwins
 from fastssl.objectives.base import Objective
 from fastssl.optim import build_optimizer
 from fastssl.runtime.nan_guard import MAX_CONSECUTIVE_SKIPS, NonFiniteGuard, NonFiniteLossError
@@ -172,6 +173,124 @@ def test_running_statistics_of_a_bad_batch_are_undone() -> None:
     norm(torch.tensor([[torch.nan, 2.0], [3.0, 5.0]]))
     guard.add(2, torch.arange(2), torch.tensor(False))
     assert torch.equal(norm.running_mean, before)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lars"])
+def test_clipping_scales_the_whole_gradient(optimizer: str) -> None:
+    """As torch clips: by the norm over all parameters, before the optimizer, which reads it."""
+    views, index = [torch.randn(6, 3, 8, 8) for _ in range(2)], torch.arange(6)
+    config = configured(CONFIG, optimizer=optimizer)  # type: ignore[arg-type]
+
+    def step_with(norm: float) -> tuple[Step, Model]:
+        torch.manual_seed(1)
+        return step_of(configured(config, clip_norm=norm), small("barlow", 16, 16))
+
+    plain, model = step_with(0.0)
+    norm = plain(views, index, 0.0)[0]["grad_norm"]
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+    expected = [p.grad for p in model.parameters()]
+    clipped, model = step_with(0.5)
+    metrics, _ = clipped(views, index, 0.0)
+    assert norm > 1 and torch.equal(metrics["grad_norm"], norm), "the log has the unclipped norm"
+    torch.testing.assert_close(metrics["clip_scale"], 0.5 / (norm + 1e-6))
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+    loose, model = step_with(1e6)
+    assert loose(views, index, 0.0)[0]["clip_scale"] == 1
+    assert nn.utils.get_total_norm([p.grad for p in model.parameters()]) == norm  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lars"])
+def test_clipping_hides_nothing_from_the_guard(optimizer: str) -> None:
+    config = configured(CONFIG, optimizer=optimizer, clip_norm=0.5)  # type: ignore[arg-type]
+    step, model = step_of(config, small("barlow", 16, 16))
+    before = [p.detach().clone() for p in model.parameters()]
+    views = [torch.full((6, 3, 8, 8), torch.inf) for _ in range(2)]
+    assert not bool(step(views, torch.arange(6), 0.01)[0]["finite"])
+    assert all(map(torch.equal, model.parameters(), before))
+
+
+@pytest.mark.parametrize(
+    ("method", "knobs"), [("diet", {"fused_head": True}), ("sdiet", {"projector_width": 32})]
+)
+def test_clipping_is_refused_where_weights_are_updated_in_backward(
+    method: str, knobs: dict[str, object]
+) -> None:
+    with pytest.raises(ValueError, match="--clip-norm cannot be used"):
+        configured(Config(), method=method, clip_norm=1.0, optimizer="adamw", **knobs)
+
+
+class Limited(nn.Module):
+    """A network that takes no more than `limit` images at once."""
+
+    def __init__(self, limit: int):
+        super().__init__()
+        self.net, self.limit = build_backbone("fastnet-4"), limit
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) > self.limit:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has")
+        return self.net(x)
+
+
+@pytest.mark.parametrize(
+    ("limit", "parts", "advice"),
+    [
+        (15, 1, "--accumulate 2 fits, as a step in 2 parts has shown"),
+        (7, 1, "--accumulate 4 fits"),
+        (7, 2, "--accumulate 4 fits"),
+        (2, 1, "--accumulate 8 fits"),
+        (1, 1, "not even a step of 2 images fits; use a smaller --backbone or --image-size"),
+    ],
+)
+def test_out_of_memory_names_what_fits(limit: int, parts: int, advice: str) -> None:
+    """8 images x 2 views: 16 rows of the network."""
+    model = Model(Limited(limit), small("barlow", 16, 16), parts)
+    state = {name: x.clone() for name, x in model.state_dict().items()}
+    optimizer = build_optimizer(CONFIG, [model.backbone, model.objective])
+    logged: list[str] = []
+    step = Step(CONFIG, model, optimizer, SINGLE_PROCESS, logged.append)
+    views, index = [torch.randn(8, 3, 8, 8) for _ in range(2)], torch.arange(8)
+    reason = "CUDA out of memory"
+    with pytest.raises(MemoryError) as error:
+        step(views, index, 0.01)
+    assert str(error.value).startswith(f"out of memory in a training step ({reason}); {advice}")
+    assert logged == ["out of memory; trying smaller steps"] and model.parts == parts
+    for name, x in model.state_dict().items():
+        if "num_batches" not in name:
+            torch.testing.assert_close(x, state[name], msg=name, rtol=0, atol=0)
+
+
+def test_a_smaller_batch_is_named_where_parts_do_not_help() -> None:
+    """Memory of the loss, which sees the whole batch whatever the parts."""
+    objective = small("barlow", 16, 16)
+    forward = objective.forward
+
+    def limited(features: Sequence[Tensor], index: Tensor) -> dict[str, Tensor]:
+        if len(index) > 3:
+            raise MemoryError("N x N")
+        return forward(features, index)
+
+    objective.forward = limited  # type: ignore[method-assign]
+    step, _ = step_of(CONFIG, objective)
+    views, index = [torch.randn(12, 3, 8, 8) for _ in range(2)], torch.arange(12)
+    with pytest.raises(MemoryError, match="--batch-size 3 fits, as a step of 3 images has shown"):
+        step(views, index, 0.01)
+
+
+def test_the_advice_holds_on_a_cpu_without_memory() -> None:
+    """A real allocation that fails."""
+    model = Model(build_backbone("fastnet-4"), small("barlow", 16, 16))
+
+    def allocate(net: nn.Module, inputs: tuple[Tensor]) -> None:
+        torch.empty(10**15 if len(inputs[0]) > 9 else 0)
+
+    model.backbone.register_forward_pre_hook(allocate)
+    optimizer = build_optimizer(CONFIG, [model.backbone, model.objective])
+    step = Step(CONFIG, model, optimizer, SINGLE_PROCESS, lambda line: None)
+    views, index = [torch.randn(8, 3, 8, 8) for _ in range(2)], torch.arange(8)
+    with pytest.raises(MemoryError, match=r"can't allocate memory.*; --accumulate 2 fits"):
+        step(views, index, 0.01)
 
 
 def test_a_failed_compile_is_logged_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,13 +2,16 @@
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+import fastssl.pretrain
 import fastssl.train
 from fastssl.config import Config
 from fastssl.data.loading import build_views
@@ -18,6 +21,7 @@ from fastssl.pretrain import pretrain
 from fastssl.recipes import RECIPES, recipe_config
 from fastssl.runtime.metrics_log import read_metrics
 from fastssl.runtime.nan_guard import NonFiniteLossError
+from fastssl.train import Trained
 
 SHORT = {
     "epochs": 2,
@@ -114,22 +118,145 @@ def stop_after(steps: int) -> Callable[[object], bool]:
     return is_due
 
 
-def test_labels_cannot_reach_training(tmp_path: Path) -> None:
-    """Labels that cannot be read at all leave the trained weights unchanged."""
-    images = np.random.default_rng(0).integers(0, 256, (96, 8, 8, 3), dtype=np.uint8)
-    config = short("digits-diet", batch_size=32, data=str(tmp_path / "plain.npz"))
-    np.savez(tmp_path / "plain.npz", x_train=images, x_test=images)
-    poison = np.array([object()], dtype=object)
-    np.savez(
-        tmp_path / "poisoned.npz", x_train=images, x_test=images, y_train=poison, y_test=poison
-    )
-    plain = run(config, tmp_path / "plain")
+IMAGES = np.random.default_rng(0).integers(0, 256, (96, 8, 8, 3), dtype=np.uint8)
+
+
+def tiny(path: Path, name: str = "plain", **arrays: np.ndarray) -> Config:
+    """Three steps a pass over 96 images, in path/name.npz."""
+    np.savez(path / f"{name}.npz", **{"x_train": IMAGES, "x_test": IMAGES[:32], **arrays})
+    return short("digits-diet", batch_size=32, data=str(path / f"{name}.npz"))
+
+
+def test_labels_cannot_reach_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With labels and without, and with labels that cannot be read while it trains, the weights are
+    the same."""
+    labels = {"y_train": np.arange(96) % 3, "y_test": np.arange(32) % 3}
+    plain = run(tiny(tmp_path), tmp_path / "plain")
     assert json.loads((tmp_path / "plain/summary.json").read_text())["accuracy"] == {}
-    with pytest.raises(ValueError, match="pickle"):
-        run(configured(config, data=str(tmp_path / "poisoned.npz")), tmp_path / "poisoned")
+    config = tiny(tmp_path, "labelled", **labels)
+
+    def read(*inputs: object, **named: object) -> None:
+        raise PermissionError("labels were read")
+
+    def blind(*inputs: Any, **named: Any) -> Trained:
+        monkeypatch.setattr("fastssl.data.splits.load_labels", read)
+        return train(*inputs, **named)
+
+    train = fastssl.pretrain.train
+    monkeypatch.setattr(fastssl.pretrain, "train", blind)
+    with pytest.raises(PermissionError):  # by the evaluation
+        run(config, tmp_path / "labelled")
     from safetensors.torch import load_file
 
-    assert same(plain, load_file(tmp_path / "poisoned/backbone.safetensors"))
+    assert same(plain, load_file(tmp_path / "labelled/backbone.safetensors"))
+
+
+def test_what_would_fail_later_is_found_before_data_is_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nothing is written: labels, the test part, networks, ramps and the folder of the run."""
+    poison = np.array([object()], dtype=object)
+    ramp = {"ramp_epochs": 1, "views": 3, "start_views": 2}
+    barlow = {"method": "barlow", "projector_width": 32}
+    (tmp_path / "file").touch()
+    plain = tiny(tmp_path)
+    cases: list[tuple[Config, str, str]] = [
+        (tiny(tmp_path, "poison", y_train=poison, y_test=poison), "run", "pickle"),
+        (tiny(tmp_path, "flat", x_test=IMAGES[0, 0]), "run", r"x_test has shape \(8, 3\)"),
+        (configured(plain, probe_epochs=1), "run", "--probe-epochs needs labels"),
+        (configured(plain, **barlow, oracle="labels"), "run", "needs labels to answer from"),
+        (configured(plain, backbone="resnet8000"), "run", "unknown backbone 'resnet8000'"),
+        (configured(plain, init=str(tmp_path / "no.safetensors")), "run", "does not exist"),
+        (configured(plain, init=str(tmp_path / "file")), "run", "is damaged"),
+        (configured(plain, **ramp, policy="nonsense"), "run", "unknown --policy"),
+        (configured(plain, **ramp | {"policy": "byol"}), "run", "byol has 2 views"),
+        (configured(plain, ramp_epochs=2), "run", "--ramp-epochs is 2 in a run of 2"),
+        (configured(plain, device="cuda:7"), "run", "--device cuda:7 cannot be used"),
+        (plain, "file", "is a file; pass another --run"),
+        (plain, "file/run", "file/run"),
+        (plain, "/proc/fastssl", "/proc/fastssl"),
+    ]
+    monkeypatch.setattr(fastssl.pretrain, "open_data", pytest.fail)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    for config, folder, message in cases:
+        with pytest.raises((ValueError, OSError), match=message):
+            pretrain(config, tmp_path / folder, lambda line: None)
+        assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_a_batch_larger_than_a_folder_is_found_before_it_is_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(4):
+        (tmp_path / f"{number}.jpg").write_bytes(b"never read")
+    monkeypatch.setattr(fastssl.pretrain, "open_data", pytest.fail)
+    with pytest.raises(
+        ValueError, match="--batch-size 128 is larger than the data set of 3 images"
+    ):
+        pretrain(short("digits-diet", data=str(tmp_path)), tmp_path / "run", lambda line: None)
+
+
+def test_torch_defaults_of_the_caller_do_not_matter(tmp_path: Path) -> None:
+    config = tiny(tmp_path)
+    plain = run(config, tmp_path / "plain")
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    try:
+        with torch.inference_mode():
+            assert same(plain, run(config, tmp_path / "other"))
+            assert torch.is_inference_mode_enabled()
+        with torch.no_grad():
+            assert same(plain, run(config, tmp_path / "third"))
+        assert torch.get_default_dtype() == torch.float64 and torch.empty(0).is_meta
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+
+
+def test_a_run_that_had_ended_resumes_to_its_end(tmp_path: Path) -> None:
+    """Killed in its evaluation, with a damaged line in its log; then it trains longer."""
+    config, folder = tiny(tmp_path), tmp_path / "run"
+    plain = run(config, folder)
+    rate = read_metrics(folder / "metrics.jsonl")[-1]["views_per_s"]
+    (folder / "summary.json").unlink()
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 9, "lo}\n\0\0')
+    logged: list[str] = []
+    resumed = configured(config, device="cpu", log_every=2, accumulate=2)
+    summary = pretrain(resumed, folder, logged.append)
+    assert summary["views_per_s"] == round(rate, 1) > 0 and summary["steps"] == 6
+    assert "resumed with --accumulate 2, before 1" in logged
+    assert "resumed at step 6 of 6" in logged
+    from safetensors.torch import load_file
+
+    assert same(plain, load_file(folder / "backbone.safetensors"))
+    (folder / "summary.json").unlink()
+    summary = pretrain(configured(config, epochs=3), folder, logged.append)
+    assert summary["steps"] == 9 and "resumed at step 6 of 9" in logged
+    assert logged.count("resumed with --epochs 3, before 2") == 1
+
+
+def test_a_damaged_log_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2, "lo\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl is damaged in line 2; delete that line"):
+        read_metrics(path)
+
+
+def test_training_in_a_worker_thread(tmp_path: Path) -> None:
+    logged: list[str] = []
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(pretrain, tiny(tmp_path), tmp_path / "run", logged.append).result()
+    assert (tmp_path / "run/summary.json").exists()
+    assert logged.count("training outside the main thread: no signal saves or stops this run") == 1
+
+
+def test_clipped_training_is_logged(tmp_path: Path) -> None:
+    config = configured(tiny(tmp_path), clip_norm=1e-3, log_every=1)
+    clipped = run(config, tmp_path / "run")
+    reports = read_metrics(tmp_path / "run/metrics.jsonl")
+    assert all(r["clip_scale"] == pytest.approx(1e-3 / r["grad_norm"], rel=1e-2) for r in reports)
+    assert clipped and all(r["grad_norm"] > 1e-3 for r in reports)
 
 
 def test_nothing_is_written_where_the_data_does_not_fit(tmp_path: Path) -> None:

@@ -7,13 +7,19 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastssl_kernels import (
     BarlowTwinsLoss,
+    DIETHead,
+    NTXentLoss,
     VICRegLoss,
     barlow_twins_loss,
     coding_rate,
     dimension_contrastive_loss,
+    info_nce_loss,
+    linear_cross_entropy,
+    nt_xent_loss,
     sample_contrastive_loss,
     second_moment_energy,
     vicreg_ctr_loss,
@@ -58,6 +64,13 @@ def weight() -> Tensor:
     return torch.randn(6, 9, generator=generator, dtype=torch.float64)
 
 
+def shared_steps(
+    rank: int, world: int, shards: Sequence[Sequence[int]], views: int
+) -> list[dict[str, tuple[Tensor, Tensor]]]:
+    """`shared_step` for each way to shard a batch."""
+    return [shared_step(rank, world, counts, views) for counts in shards]
+
+
 def shared_step(
     rank: int, world: int, counts: Sequence[int], views: int
 ) -> dict[str, tuple[Tensor, Tensor]]:
@@ -74,22 +87,23 @@ def shared_step(
     return result
 
 
-SLOW = [pytest.param(counts, marks=pytest.mark.slow) for counts in [(7,), (3, 3, 1), (4, 4, 4, 3)]]
+SHARDS = [[(7,)], [(3, 3, 1), (5, 0, 2)], [(4, 4, 4, 3)]]
+SLOW = [pytest.param(shards, marks=pytest.mark.slow) for shards in SHARDS]
 
 
-@pytest.mark.parametrize("counts", [(5, 2), *SLOW], ids=str)
-def test_ranks_equal_one_process(counts: tuple[int, ...]) -> None:
-    """1 to 4 ranks, even and uneven, some with a single row: value and gradient to 1e-10."""
+@pytest.mark.parametrize("shards", [[(5, 2), (0, 7)], *SLOW], ids=str)
+def test_ranks_equal_one_process(shards: list[tuple[int, ...]]) -> None:
+    """1 to 4 ranks, even and uneven, some with a single row or none: to 1e-10."""
     views = 3
-    whole = {}
-    for name, loss in losses().items():
-        w = weight().requires_grad_()
-        value = loss(batch(sum(counts), views) @ w)
-        whole[name] = (value.detach(), *torch.autograd.grad(value, w))
-    for found in on_ranks(len(counts), shared_step, counts, views):
-        for name, (value, gradient) in whole.items():
-            assert relative_error(found[name][0], value) < 1e-10, name
-            assert relative_error(found[name][1], gradient) < 1e-10, name
+    steps = on_ranks(len(shards[0]), shared_steps, shards, views)
+    for i, counts in enumerate(shards):
+        for name, loss in losses().items():
+            w = weight().requires_grad_()
+            value = loss(batch(sum(counts), views) @ w)
+            (gradient,) = torch.autograd.grad(value, w)
+            for found in (step[i][name] for step in steps):
+                assert relative_error(found[0], value.detach()) < 1e-10, (name, counts)
+                assert relative_error(found[1], gradient) < 1e-10, (name, counts)
 
 
 def other_steps(rank: int, world: int) -> tuple[list[Tensor], list[str]]:
@@ -105,6 +119,57 @@ def other_steps(rank: int, world: int) -> tuple[list[Tensor], list[str]]:
     with pytest.raises(ValueError) as error:
         barlow_twins_loss(batch(4, 2, width=5 + rank), group=dist.group.WORLD)
     return values, [*messages, str(error.value)]
+
+
+def refused(rank: int, world: int) -> list[str]:
+    """Messages of the losses that want equal batches, of ranks with unequal ones; of batches that
+    are too small together; of second derivatives and tangents across ranks."""
+    group = dist.group.WORLD
+    z = batch(5, 2)[:, : 3 - rank].clone().requires_grad_()  # 3 rows and 2
+    head = DIETHead(6, 6, group=group).double()
+    index, weight = torch.arange(3 - rank), torch.ones(3, 6, dtype=torch.float64)
+    calls: list[Callable[[], object]] = [
+        lambda: nt_xent_loss(z, group=group),
+        lambda: info_nce_loss(z[0], z[1], temperature=0.5, group=group),
+        lambda: NTXentLoss(gather_distributed=True)(*z),
+        lambda: NTXentLoss(memory_bank_size=(9, 6), gather_distributed=True)(*z),
+        lambda: linear_cross_entropy(z[0], weight, index, group=group),
+        lambda: head(z[0], index),
+    ]
+    one = z[:, : 1 - rank]  # one row, and none
+    for loss in (barlow_twins_loss, vicreg_loss, partial(vicreg_exp_loss, temperature=0.5)):
+        calls.append(partial(loss, one, group=group))
+    messages = []
+    for call in calls:
+        with pytest.raises(ValueError) as error:
+            call()
+        messages.append(str(error.value))
+    equal = batch(4, 2)[:, 2 * rank : 2 * rank + 2].clone().requires_grad_()
+    for loss in (*second_order_losses(), nt_xent_loss):
+        (first,) = torch.autograd.grad(loss(equal, group=group), equal, create_graph=True)
+        with pytest.raises(NotImplementedError) as unsupported:
+            torch.autograd.grad(first.square().sum(), equal)
+        messages.append(str(unsupported.value))
+        with pytest.raises(NotImplementedError), forward_ad.dual_level():
+            loss(forward_ad.make_dual(equal.detach(), torch.ones_like(equal)), group=group)
+    return messages
+
+
+def second_order_losses() -> list[Loss]:
+    """One of each way that gradients cross ranks."""
+    names = ("barlow gram", "vicreg direct", "coding rate gram", "barlow eager", "exp", "sample")
+    return [losses()[name] for name in names]
+
+
+def test_what_ranks_cannot_do_is_refused_on_each() -> None:
+    """With one message, where a mismatched collective would end the processes."""
+    first, second = on_ranks(2, refused)
+    assert first == second
+    rows, derivatives = first[:9], first[9:]
+    assert all("ranks hold rows of shapes" in m and "drop the last batch" in m for m in rows[:6])
+    assert all("[[2, 3, 6], [2, 2, 6]]" in rows[i] for i in (0, 2))
+    assert all("N >= 2" in message for message in rows[6:])
+    assert all("without group=" in message for message in derivatives) and len(derivatives) == 7
 
 
 def test_modules_gather_and_wrong_groups_are_named() -> None:

@@ -503,7 +503,8 @@ def render_kernels(cc: int) -> list[Kernel]:
                 add(name, POINTERS | more | counts, how | steps | _ways(False), warps)
             unused = ("color_ptr", "numbers_ptr", "turn_ptr", "out_ptr")
             types = {name: kind for name, kind in POINTERS.items() if name not in unused} | counts
-            add("_resample_kernel", types, how | {"EQUALIZED": True}, warps)
+            more_warps = max(warps, cuda.PLANES_WARPS)
+            add("_resample_kernel", types, how | {"EQUALIZED": True}, more_warps)
     add("_blur_kernel", blurred, large | {"LAST": True}, cuda.WARPS)
     return kernels
 

@@ -33,6 +33,7 @@ SAMPLE_BLOCK = 128
 HISTOGRAM_BLOCK = 1024  # pixels
 # The widest windows that spill no registers on sm_80, sm_90 and sm_100.
 WHOLE_TILES = {16: (16, 2), 32: (32, 4)}  # B = S rounded up: (W, warps)
+PLANES_WARPS = 4  # at least, where views are resampled into planes: with 2, sm_90 spills
 TILE, WINDOW, WARPS = 32, 32, 8  # of larger views
 _TILING = {"B": TILE, "W": WINDOW, "num_warps": WARPS, "num_stages": 1}
 
@@ -106,7 +107,7 @@ def render(
         planes = torch.empty(groups, count, 3, height, width, device=table.device)
         _resample_kernel[grid](
             images.flat, layout, table, lut, planes, count, groups, **static_config, **crop,
-            **tiling,
+            **tiling | {"num_warps": max(tiling["num_warps"], PLANES_WARPS)},
         )  # fmt: skip
     source = (images.flat, layout, table, colors, numbers, lut, planes, turns, out)
     if whole:
