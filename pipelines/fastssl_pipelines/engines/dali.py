@@ -38,7 +38,6 @@ from fastssl_pipelines.engines.streaming import (
 )
 from fastssl_pipelines.prefetch import in_chunks, prefetch, results
 from fastssl_pipelines.sources.decoding import (
-    MAX_PIXELS,
     Decoded,
     Decoding,
     decode,
@@ -48,6 +47,7 @@ from fastssl_pipelines.sources.decoding import (
 from fastssl_pipelines.sources.exif import exif_orientation, upright
 from fastssl_pipelines.sources.image_files import open_encoded
 from fastssl_pipelines.sources.jpeg import jpeg_damage, plain_jpeg
+from fastssl_pipelines.sources.pillow import MAX_PIXELS
 from fastssl_pipelines.sources.unreadable import UnreadableError
 from fastssl_pipelines.spec import Batch, View
 

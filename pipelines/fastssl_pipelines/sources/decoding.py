@@ -7,7 +7,6 @@ Shapes: H and W pixels, B bands.
 """
 
 import io
-import warnings
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,12 +16,12 @@ from numpy.typing import NDArray
 from fastssl_pipelines.sources.depth import parse_range, to_uint8
 from fastssl_pipelines.sources.exif import exif_orientation, orientation_of, upright
 from fastssl_pipelines.sources.jpeg import decode_jpeg, jpeg_damage, plain_jpeg, warning_of
+from fastssl_pipelines.sources.pillow import MAX_PIXELS, open_image
 from fastssl_pipelines.sources.unreadable import UnreadableError, describe
 
 Bytes = NDArray[np.uint8]
 
 SMALLEST = 2  # px: sides of an image that views can be rendered from
-MAX_PIXELS = 178_956_970  # of one image; above it Pillow suspects a decompression bomb
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
@@ -114,9 +113,7 @@ def _decode_any(data: Bytes, how: Decoding, smallest: int, shrink: int) -> Bytes
     from PIL import Image
 
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the pixel limit is checked below; EXIF is no pixel
-            image = Image.open(io.BytesIO(data.data))
+        image = open_image(data, how.max_pixels)
     except Image.UnidentifiedImageError:
         if data[:4].tobytes() in TIFF_MAGIC:
             return _oriented_tiff(data, how, smallest, orientation=1)
@@ -202,10 +199,8 @@ def center_square(pixels: Bytes, size: int) -> Bytes:
 def count_frames(data: Bytes) -> int:
     """Frames of an animation or pages of a stack, of which `decode` takes the first; 1 for one
     image and for a JPEG, whose further pictures are previews."""
-    from PIL import Image
-
     try:
-        with Image.open(io.BytesIO(data.data)) as image:
+        with open_image(data) as image:
             return 1 if image.format in ("JPEG", "MPO") else getattr(image, "n_frames", 1)
     except Exception:  # Pillow's plug-ins raise any exception on a corrupt file
         return 1

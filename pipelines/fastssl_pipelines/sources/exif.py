@@ -3,11 +3,12 @@
 Shapes: H and W pixels as stored.
 """
 
-import io
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from fastssl_pipelines.sources.pillow import open_image
 
 ORIENTATION = 0x0112  # the EXIF tag
 # orientation: (transposed, rows reversed, columns reversed), applied in this order
@@ -28,10 +29,8 @@ def exif_orientation(data: NDArray[np.uint8]) -> int:
     Read by Pillow from EXIF or XMP, in any integer type: cameras write SHORT, some tools BYTE or
     LONG.
     """
-    from PIL import Image
-
     try:
-        with Image.open(io.BytesIO(data.data)) as image:
+        with open_image(data) as image:
             return orientation_of(image)
     except Exception:  # Pillow's plug-ins raise any exception on a corrupt file
         return 1
