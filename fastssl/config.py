@@ -35,6 +35,18 @@ class Config:
     oriented: bool = False
     """Apply the EXIF orientation of images in a folder or in shards, in training and evaluation;
     torchvision ignores it."""
+    image_key: str = ""
+    """Of tar samples with several images, the one to take, such as 'input.jpg'."""
+    depth: str = ""
+    """How images of more than 8 bits become 8: 'type' maps the range of their type, 'data' that of
+    each image, 'LOW:HIGH' this range; '' refuses those whose range is ambiguous."""
+    bands: str = ""
+    """The three bands taken of images with more than four, counted from 1, such as '4,3,2'."""
+    max_pixels: int = 178_956_970
+    """Pixels of one image above which it counts as unreadable."""
+    on_damage: Literal["keep", "skip"] = "keep"
+    """On a JPEG that the decoder reads with damage: log its name and use what was decoded, or leave
+    it out as unreadable."""
     on_corrupt: Literal["skip", "stop"] = "skip"
     """On an unreadable image: log its name and skip it, or stop the run."""
     corrupt_quota: float = 0.01
@@ -166,7 +178,7 @@ class Config:
     """Random samples of 1, 5 and 10 labels per class, over which accuracies are averaged."""
 
     def __post_init__(self) -> None:
-        positive = ("load_size", "views", "image_size", "batch_size", "epochs")
+        positive = ("load_size", "max_pixels", "views", "image_size", "batch_size", "epochs")
         for name in (*positive, "accumulate", "log_every", "knn_k", "label_draws"):
             require(self, name, getattr(self, name) >= 1, "be at least 1")
         require(self, "holdout", 0 <= self.holdout < 1, "be 0 (no test part) or below 1")

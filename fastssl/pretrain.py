@@ -156,8 +156,8 @@ def _check_data(config: Config, size_step: int) -> None:
     require_full_views(config)
     for epoch in (0, config.ramp_epochs):
         build_views(ramp(config, epoch, size_step))
-    train = load_labels(config.data, "train", config.holdout)
-    test = load_labels(config.data, "test", config.holdout)
+    train = load_labels(config.data, "train", config.holdout, config.image_key)
+    test = load_labels(config.data, "test", config.holdout, config.image_key)
     if uses_oracle(config):
         build_oracle(config, None if train is None else torch.from_numpy(train))
     if config.probe_epochs and (train is None or test is None):
@@ -165,8 +165,8 @@ def _check_data(config: Config, size_step: int) -> None:
     if not is_encoded(config.data):
         load_array(config.data, "test", config.holdout)
         return
-    open_files(config.data, "test", config.holdout)
-    count = len(open_files(config.data, "train", config.holdout))
+    open_files(config.data, "test", config.holdout, config.image_key)
+    count = len(open_files(config.data, "train", config.holdout, config.image_key))
     if config.batch_size > count:
         raise ValueError(
             f"--batch-size {config.batch_size} is larger than the data set of {count} images"

@@ -26,7 +26,7 @@ from bench.suites.views import SETTLE_S
 from fastssl_pipelines import View, open_pipeline, policies, spec
 from fastssl_pipelines.augment import as_images, views_of
 from fastssl_pipelines.prefetch import prefetch
-from fastssl_pipelines.sources.image_files import decode
+from fastssl_pipelines.sources.decoding import decode
 
 BATCH = 32
 SYNTHETIC = (375, 500)  # height, width: the median of ImageNet

@@ -10,23 +10,25 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastssl_pipelines.sources.beton import Beton, beton_labels
+from fastssl.data import arrays
+from fastssl.data.arrays import ArrayPart, ArraySource, Images, Labels
+from fastssl_pipelines.sources.beton import Beton
 from fastssl_pipelines.sources.convert import convert
-from fastssl_pipelines.sources.image_files import Encoded, find_images, open_encoded
-from fastssl_pipelines.sources.unreadable import OnCorrupt
+from fastssl_pipelines.sources.decoding import Decoding
+from fastssl_pipelines.sources.image_files import Encoded, open_encoded
+from fastssl_pipelines.sources.unreadable import OnCorrupt, OnDamage
 
 Part = Literal["train", "test"]
-Images = NDArray[np.uint8]
-Labels = NDArray[np.int64]
 
-TEST_FOLDERS = ("test", "val")
+FILES = (".npz", ".npy", ".tar", ".beton")
 CIFAR10_CLASSES = tuple("airplane automobile bird cat deer dog frog horse ship truck".split())
 CIFAR10_HELP = (
     "pass --data with an .npz (x_train, y_train, x_test, y_test), the folder cifar-10-batches-py, "
@@ -40,47 +42,94 @@ def load_array(data: str, part: Part, holdout: float) -> Images:
         return _held_out(_digits_images(), part, holdout)
     if data == "cifar10" or _is_cifar_batches(data):
         return np.asarray(_cifar10(data, part).data)
-    return _npz_images(_existing(data), part, holdout)
+    source, rows = _array_rows(_existing(data), part, holdout)
+    return arrays.read_images(source, rows)
 
 
-def open_files(data: str, part: Part, holdout: float) -> Encoded:
+def open_files(data: str, part: Part, holdout: float, image_key: str = "") -> Encoded:
     """The encoded images of one part, in a folder, tar shards or a .beton; nothing is decoded.
 
-    ValueError where the data set is an array, and where there are no images.
+    The test part is the folder test/, or val/ where that one has the classes of train/ and test/
+    has none; where neither has them, images of train/ are held out. Images that the source names
+    and that cannot be opened are `lost` in the training part. ValueError where the data set is an
+    array, and where there are no images.
     """
     if not is_encoded(data):
         raise ValueError(f"--data {data} is not a folder of images: pass --engine resident with it")
     path = _existing(data)
-    if _is_shards(path) or path.suffix == ".beton":
-        images = Beton(path) if path.suffix == ".beton" else open_encoded(path)
-        return images.select(_held_out(np.arange(len(images)), part, holdout).tolist())
-    paths, has_parts = _folder_files(path, part)
-    if not has_parts:
-        paths = list(_held_out(np.array(paths, dtype=object), part, holdout))
-    return open_encoded(paths) if paths else Encoded([], [])  # no test part
+    whole = Beton(path) if path.suffix == ".beton" else open_encoded(path, image_key=image_key)
+    parts = whole.layout.parts
+    first = np.array(parts.get("train", parts.get("", [])))
+    test = test_part(whole)
+    if test is None:
+        chosen = _held_out(first, part, holdout)
+    else:
+        chosen = first if part == "train" else np.array(parts[test])
+    images = whole.select(chosen.tolist())
+    if part == "train":
+        images.lost, images.left_out = whole.lost, whole.left_out + whole.layout.left_out
+    return images
+
+
+def test_part(whole: Encoded) -> str | None:
+    """The part to evaluate on, None where images of the training part are held out.
+
+    ValueError where its classes are not those of the training part.
+    """
+    parts, classes = whole.layout.parts, whole.layout.classes
+    others = [part for part in ("test", "val") if part in parts]
+    known = {classes[i] for i in parts.get("train", ())} - {""}
+    if not known:
+        return others[0] if others else None
+    for part in others:
+        found = {classes[i] for i in parts[part]}
+        unknown = sorted(found - known)
+        if "" in found or found == set(unknown[:1]):
+            continue  # no labels: a flat part, or one folder that is no class
+        if unknown:
+            some = ", ".join(unknown[:5])
+            raise ValueError(
+                f"{whole.source}: the {part} part has classes the training part lacks: {some}"
+            )
+        return part
+    return None
 
 
 def beton_of(
-    images: Encoded, on_corrupt: OnCorrupt, quota: float, log: Callable[[str], None]
-) -> tuple[Beton | Path, dict[str, str]]:
+    images: Encoded,
+    decoding: Decoding,
+    on_damage: OnDamage,
+    on_corrupt: OnCorrupt,
+    quota: float,
+    log: Callable[[str], None],
+) -> tuple[Beton, dict[str, str]]:
     """(these images in a .beton, the unreadable ones by name with the reason).
 
     The .beton is the source itself, or a copy in the user's cache, JPEGs byte for byte, written
-    once and without the unreadable images.
+    once and without the unreadable images; its images keep the names of their files.
     """
     if isinstance(images, Beton):
         return images, {}
-    key = hashlib.sha256(json.dumps([images.names, images.fingerprint()]).encode()).hexdigest()[:16]
+    settings = [images.names, images.fingerprint(), asdict(decoding), on_damage]
+    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
     path = cache_folder() / f"{key}.beton"
     skipped_path = path.with_suffix(".skipped.json")
     if not path.exists():
         log(f"converting {len(images)} images to {path}, once")
         report = convert(
-            images, path, on_corrupt=on_corrupt, quota=quota, progress=periodic(log, "converted")
+            images,
+            path,
+            decoding=decoding,
+            on_damage=on_damage,
+            on_corrupt=on_corrupt,
+            quota=quota,
+            progress=periodic(log, "converted"),
         )
         skipped_path.write_text(json.dumps(report.skipped))
     skipped = json.loads(skipped_path.read_text()) if skipped_path.is_file() else {}
-    return path, skipped
+    beton = Beton(path)
+    beton.names = [name for name in images.names if name not in skipped]
+    return beton, skipped
 
 
 def periodic(
@@ -104,14 +153,16 @@ def cache_folder() -> Path:
 
 def is_encoded(data: str) -> bool:
     """Whether `data` is a folder, shards or a .beton of encoded images, rather than an array."""
-    return not (data in ("digits", "cifar10") or _is_cifar_batches(data) or data.endswith(".npz"))
+    return data not in ("digits", "cifar10") and not (
+        _is_cifar_batches(data) or data.endswith((".npz", ".npy")) or arrays.is_idx(_path(data))
+    )
 
 
-def _is_shards(path: Path) -> bool:
-    return path.suffix == ".tar" or (path.is_dir() and any(path.glob("*.tar")))
+def _path(data: str) -> Path:
+    return Path(data).expanduser()
 
 
-def load_labels(data: str, part: Part, holdout: float) -> Labels | None:
+def load_labels(data: str, part: Part, holdout: float, image_key: str = "") -> Labels | None:
     """The labels of the images of `load_array` or `open_files`; None where the data has none. For
     evaluation and oracles only."""
     if data == "digits":
@@ -120,14 +171,42 @@ def load_labels(data: str, part: Part, holdout: float) -> Labels | None:
         return _held_out(load_digits().target.astype(np.int64), part, holdout)
     if data == "cifar10" or _is_cifar_batches(data):
         return np.asarray(_cifar10(data, part).targets, dtype=np.int64)
-    path = _existing(data)
-    if path.suffix == ".npz":
-        return _npz_labels(path, part, holdout)
-    if _is_shards(path):
+    if is_encoded(data):
+        return _file_labels(open_files(data, part, holdout, image_key))
+    train, test = _array_parts(_existing(data))
+    if train.labels is None:
         return None
-    if path.suffix == ".beton":
-        return _beton_labels(path, part, holdout)
-    return _folder_labels(path, part, holdout)
+    labels = [_array_labels(found) for found in (train, test) if found is not None]
+    numbers = arrays.numbered(labels[0], labels[-1], data)
+    if test is None:
+        return _held_out(numbers[0], part, holdout)
+    return numbers[0 if part == "train" else 1]
+
+
+def _array_labels(part: ArrayPart) -> NDArray[Any]:
+    """The labels of the images; ValueError where there are more or fewer."""
+    assert part.labels is not None
+    found, wanted = arrays.read_labels(part.labels), arrays.count(part.images)
+    if len(found) != wanted:
+        raise ValueError(
+            f"{part.labels.name} holds {len(found)} labels for {wanted} images: give one for each"
+        )
+    return found
+
+
+def _file_labels(images: Encoded) -> Labels | None:
+    """The numbers of the images' classes, None where an image has none."""
+    numbers = images.class_numbers
+    if "" in numbers or len(numbers) < 2:
+        return None
+    classes = images.classes
+    unknown = sorted(set(classes) - set(numbers))
+    if unknown:
+        some = ", ".join(unknown[:5])
+        raise ValueError(
+            f"{images.source}: the test part has classes the training part lacks: {some}"
+        )
+    return np.array([numbers[name] for name in classes], dtype=np.int64)
 
 
 def class_names(data: str) -> tuple[str, ...] | None:
@@ -138,12 +217,10 @@ def class_names(data: str) -> tuple[str, ...] | None:
     if data == "cifar10" or _is_cifar_batches(data):
         return CIFAR10_CLASSES
     try:
-        path = _existing(data)
-        paths, has_parts = _folder_files(path, "train") if path.is_dir() else ([], False)
+        numbers = open_files(data, "train", 0).class_numbers if is_encoded(data) else {}
     except (OSError, ValueError):
         return None
-    names = _class_names(path, paths, has_parts)
-    return tuple(sorted(set(names))) if names and all(names) else None
+    return tuple(sorted(numbers, key=numbers.__getitem__)) if len(numbers) > 1 else None
 
 
 def _existing(data: str) -> Path:
@@ -156,10 +233,10 @@ def _existing(data: str) -> Path:
         raise ValueError(
             f"--data {data} does not exist; pass a folder of images, an .npz, 'digits' or 'cifar10'"
         )
-    if path.is_file() and path.suffix not in (".npz", ".tar", ".beton"):
+    if path.is_file() and path.suffix not in FILES:
         raise ValueError(
-            f"--data {data} is not an .npz, .tar or .beton file; pass one of these or a folder of"
-            " images"
+            f"--data {data} is not a file ending in {', '.join(FILES)}; pass one of these or a"
+            " folder of images"
         )
     return path
 
@@ -217,86 +294,26 @@ def _cifar10(data: str, part: Part) -> Any:
         ) from error
 
 
-def _npz_images(path: Path, part: Part, holdout: float) -> Images:
-    with np.load(path, allow_pickle=False) as arrays:
-        has_test = "x_test" in arrays.files
-        key = "x_test" if has_test and part == "test" else "x_train"
-        if key not in arrays.files:
-            raise ValueError(
-                f"{path} has no array {key}; it needs x_train (M, S, S, 3), for evaluation y_train"
-            )
-        images = arrays[key]
-    if images.ndim == 3:
-        images = np.repeat(images[..., None], 3, axis=-1)
-    if images.ndim != 4 or images.shape[-1] != 3 or len(images) == 0:
+def _array_rows(path: Path, part: Part, holdout: float) -> tuple[ArraySource, NDArray[np.int64]]:
+    """The array that holds the images of one part, and the rows that are this part."""
+    train, test = _array_parts(path)
+    if test is None:
+        return train.images, _held_out(np.arange(arrays.count(train.images)), part, holdout)
+    sizes = [" x ".join(map(str, arrays.size(found.images))) for found in (train, test)]
+    if sizes[0] != sizes[1]:
         raise ValueError(
-            f"{path}: {key} has shape {images.shape}; wanted (M, S, S, 3) or (M, S, S)"
+            f"{path}: training images have {sizes[0]} px and test images {sizes[1]} px; resize one "
+            "of them"
         )
-    if images.dtype != np.uint8:
-        images = _to_uint8(images, f"{path}: {key}")
-    return images if has_test else _held_out(images, part, holdout)
+    chosen = (train if part == "train" else test).images
+    return chosen, np.arange(arrays.count(chosen))
 
 
-def _to_uint8(images: NDArray[Any], name: str) -> Images:
-    """Floats in [0, 1] as uint8; ValueError for anything else."""
-    if not np.issubdtype(images.dtype, np.floating):
-        raise ValueError(f"{name} is {images.dtype}; wanted uint8, or floats in [0, 1]")
-    bad = ~np.isfinite(images).all(axis=(1, 2, 3))
-    if bad.any():
-        raise ValueError(
-            f"{name} has NaN or Inf in {bad.sum()} images, the first at {bad.argmax()}; repair it"
-        )
-    if images.min() < 0 or images.max() > 1:
-        raise ValueError(
-            f"{name} has floats from {images.min():g} to {images.max():g}; scale them to [0, 1]"
-        )
-    return np.round(images * 255).astype(np.uint8)
-
-
-def _npz_labels(path: Path, part: Part, holdout: float) -> Labels | None:
-    with np.load(path, allow_pickle=False) as arrays:
-        has_test = "x_test" in arrays.files
-        key = "y_test" if has_test and part == "test" else "y_train"
-        if key not in arrays.files:
-            return None
-        labels = arrays[key].astype(np.int64).reshape(-1)
-    return labels if has_test else _held_out(labels, part, holdout)
-
-
-def _folder_files(path: Path, part: Part) -> tuple[list[Path], bool]:
-    """(image files of the split, sorted; whether the folder has a part for each split)."""
-    test = next((path / name for name in TEST_FOLDERS if (path / name).is_dir()), None)
-    has_parts = test is not None and (path / "train").is_dir()
-    root = path
-    if has_parts:
-        root = path / "train" if part == "train" or test is None else test
-    return find_images(root), has_parts
-
-
-def _folder_labels(path: Path, part: Part, holdout: float) -> Labels | None:
-    """A file's class is the first folder below its split's root; classes are numbered by the
-    training part."""
-    paths, has_parts = _folder_files(path, part)
-    classes = _class_names(path, _folder_files(path, "train")[0], has_parts)
-    names = _class_names(path, paths, has_parts)
-    if not all(classes):
-        return None
-    if unknown := sorted(set(names) - set(classes)):
-        raise ValueError(
-            f"{path}: the test part has classes the training part lacks: {', '.join(unknown)}"
-        )
-    numbers = {name: k for k, name in enumerate(sorted(set(classes)))}
-    labels = np.array([numbers[name] for name in names], dtype=np.int64)
-    return labels if has_parts else _held_out(labels, part, holdout)
-
-
-def _beton_labels(path: Path, part: Part, holdout: float) -> Labels | None:
-    labels = beton_labels(path)
-    return None if labels is None else _held_out(labels, part, holdout)
-
-
-def _class_names(path: Path, files: Sequence[Path], has_parts: bool) -> list[str]:
-    """The class folder of each file, "" for a file in no class folder."""
-    depth = 1 if has_parts else 0
-    parts = [file.relative_to(path).parts[depth:-1] for file in files]
-    return [part[0] if part else "" for part in parts]
+def _array_parts(path: Path) -> tuple[ArrayPart, ArrayPart | None]:
+    """(training part, test part); None where that is missing, empty, or lacks the labels that the
+    training part has: then training images are held out."""
+    train, test = arrays.find_part(path, "train"), arrays.find_part(path, "test")
+    assert train is not None
+    if test is None or arrays.count(test.images) == 0 or (train.labels and not test.labels):
+        return train, None
+    return train, test

@@ -1,7 +1,7 @@
 """The views, data and pipeline of a run, opened once."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from fastssl.backbones import SizeCheck
 from fastssl.config import Config
 from fastssl.data.datasets import beton_of, is_encoded, periodic
-from fastssl.data.splits import ArraySplit, FileSplit, Split, open_split
+from fastssl.data.splits import ArraySplit, FileSplit, Split, decoding_of, open_split
 from fastssl.distributed import SINGLE_PROCESS, Ranks
 from fastssl.schedule import ramp
 from fastssl_pipelines import Pipeline, View, choose_engine, open_pipeline, policies
@@ -62,6 +62,13 @@ class Data:
     @cached_property
     def test(self) -> Split:
         return open_split(self.config, "test")
+
+    @property
+    def damaged(self) -> Mapping[str, str]:
+        """The training images read with damage so far, by name, with what is damaged."""
+        if isinstance(self.pipeline, StreamingPipeline):
+            return {**self.train.damaged, **self.pipeline.unreadable.damaged}
+        return self.train.damaged
 
     @property
     def skipped(self) -> Mapping[str, str]:
@@ -133,7 +140,14 @@ def _source(
     assert isinstance(split, FileSplit)
     if engine == "dali":
         return split.files, split
-    beton, skipped = beton_of(split.files, config.on_corrupt, config.corrupt_quota, log)
+    beton, skipped = beton_of(
+        split.files,
+        decoding_of(config),
+        config.on_damage,
+        config.on_corrupt,
+        config.corrupt_quota,
+        log,
+    )
     if skipped:
         readable = [i for i, name in enumerate(split.files.names) if name not in skipped]
         source_numbers = split.source_numbers[readable]
@@ -150,7 +164,8 @@ def _engine_options(config: Config, engine: str) -> dict[str, Any]:
         "on_corrupt": config.on_corrupt,
         "quota": config.corrupt_quota,
         "scaled": config.scaled,
+        "on_damage": config.on_damage,
     }
     if engine == "dali":
-        options |= {"render": config.render, "oriented": config.oriented}
+        options |= {"render": config.render, **asdict(decoding_of(config))}
     return options

@@ -24,15 +24,17 @@ from fastssl.data.datasets import (
 )
 from fastssl_pipelines.memory import require_memory
 from fastssl_pipelines.prefetch import prefetch
-from fastssl_pipelines.sources.image_files import (
-    Encoded,
-    UnreadableError,
+from fastssl_pipelines.sources.decoding import (
+    Decoded,
+    Decoding,
     center_square,
-    decode,
+    decode_checked,
+    parse_bands,
 )
-from fastssl_pipelines.sources.unreadable import UnreadableImages
+from fastssl_pipelines.sources.image_files import Encoded
+from fastssl_pipelines.sources.unreadable import UnreadableError, UnreadableImages
 
-Decoded = Images | UnreadableError
+Outcome = Decoded | UnreadableError
 
 
 def sample_indices(total: int, count: int, seed: int) -> Tensor:
@@ -51,7 +53,8 @@ def sample_indices(total: int, count: int, seed: int) -> Tensor:
 class Split(ABC):
     """The training or the test part of a run's data: its images by number, 0 to M - 1.
 
-    skipped: the unreadable images by name, with the reason; of files, those found so far.
+    skipped: the unreadable images by name, with the reason; of files, those found so far. damaged:
+    those read with damage, likewise.
     source_numbers: (M,) int64, the number of each image among all of the part, where the split has
     only some of them.
     """
@@ -65,6 +68,7 @@ class Split(ABC):
     ):
         self._config, self._part, self._excluded = config, part, excluded or {}
         self._source_numbers = source_numbers
+        self.damaged: Mapping[str, str] = {}
 
     @property
     def source_numbers(self) -> Tensor:
@@ -97,7 +101,7 @@ class Split(ABC):
     def _labels(self) -> Tensor | None:
         """Read once for oracle, probe and evaluation: a folder's labels are a scan of its files."""
         config = self._config
-        found = load_labels(config.data, self._part, config.holdout)
+        found = load_labels(config.data, self._part, config.holdout, config.image_key)
         if found is None:
             return None
         numbers = self.source_numbers
@@ -152,8 +156,19 @@ class FileSplit(Split):
         source_numbers: Tensor | None = None,
     ):
         super().__init__(config, part, excluded, source_numbers)
-        self.files = files
-        self._unreadable = UnreadableImages(len(files), config.on_corrupt, config.corrupt_quota)
+        self.files, self._decoding = files, decoding_of(config)
+        self._unreadable = UnreadableImages(
+            len(files) + len(files.lost),
+            config.on_corrupt,
+            config.corrupt_quota,
+            config.on_damage,
+            files.lost,
+        )
+        self.damaged = self._unreadable.damaged
+
+    @property
+    def total(self) -> int:
+        return super().total + len(self.files.lost)
 
     @property
     def skipped(self) -> Mapping[str, str]:
@@ -166,7 +181,7 @@ class FileSplit(Split):
         threads = os.cpu_count() or 1
         with ThreadPoolExecutor(threads) as pool:  # Pillow decodes without the GIL
 
-            def start(number: int) -> Future[Decoded]:
+            def start(number: int) -> Future[Outcome]:
                 return pool.submit(self._decode, number)
 
             numbers = [number for chunk in chunks for number in chunk.tolist()]
@@ -174,14 +189,14 @@ class FileSplit(Split):
             for chunk in chunks:
                 yield self._readable(chunk, decoded)
 
-    def _decode(self, number: int) -> Decoded:
+    def _decode(self, number: int) -> Outcome:
         try:
-            pixels = decode(self.files.read(number), oriented=self._config.oriented)
+            pixels, damage = decode_checked(self.files.read(number), self._decoding)
         except UnreadableError as error:
             return error
-        return center_square(pixels, self._config.load_size)
+        return Decoded(center_square(pixels, self._config.load_size), damage)
 
-    def _readable(self, chunk: Tensor, decoded: Iterator[Decoded]) -> tuple[Tensor, Images]:
+    def _readable(self, chunk: Tensor, decoded: Iterator[Outcome]) -> tuple[Tensor, Images]:
         """The images of one chunk, from the next results of `decoded`."""
         size = self._config.load_size
         pixels = np.empty((len(chunk), size, size, 3), np.uint8)
@@ -190,8 +205,8 @@ class FileSplit(Split):
             result = next(decoded)
             if isinstance(result, UnreadableError):
                 self._unreadable.add(self.files.names[number], str(result))
-            else:
-                pixels[len(numbers)] = result
+            elif self._unreadable.keeps(self.files.names[number], result.damage):
+                pixels[len(numbers)] = result.pixels
                 numbers.append(number)
         return torch.tensor(numbers, dtype=torch.int64), pixels[: len(numbers)]
 
@@ -210,13 +225,28 @@ def open_split(
     if not is_encoded(config.data):
         pixels = load_array(config.data, part, config.holdout)
         chosen = sample_indices(len(pixels), count, config.seed)
-        if len(chosen) < len(pixels):
-            pixels = pixels[chosen.numpy()]
-        return ArraySplit(config, part, pixels, source_numbers=chosen)
-    files = open_files(config.data, part, config.holdout)
+        return ArraySplit(config, part, _compact(pixels, chosen), source_numbers=chosen)
+    files = open_files(config.data, part, config.holdout, config.image_key)
     chosen = sample_indices(len(files), count, config.seed)
-    split = FileSplit(config, part, files.select(chosen.tolist()), source_numbers=chosen)
+    sample = files.select(chosen.tolist())
+    sample.lost, sample.left_out = files.lost, files.left_out
+    split = FileSplit(config, part, sample, source_numbers=chosen)
     return _decode_all(config, part, split, progress) if hold else split
+
+
+def decoding_of(config: Config) -> Decoding:
+    """How the images of a run are decoded, in training and evaluation."""
+    return Decoding(config.oriented, config.depth, parse_bands(config.bands), config.max_pixels)
+
+
+def _compact(pixels: Images, chosen: Tensor) -> Images:
+    """pixels[chosen], moved to the front of `pixels` in place; chosen is ascending."""
+    if len(chosen) == len(pixels):
+        return pixels
+    for start in range(0, len(chosen), 1024):
+        rows = chosen[start : start + 1024].numpy()
+        pixels[start : start + len(rows)] = pixels[rows]
+    return pixels[: len(chosen)]
 
 
 def _decode_all(
@@ -242,4 +272,6 @@ def _decode_all(
             f"none of {len(split)} images can be read; `fastssl doctor` lists the reasons"
         )
     source_numbers = split.source_numbers[torch.cat(readable)]
-    return ArraySplit(config, part, pixels[:filled], split.skipped, source_numbers)
+    held = ArraySplit(config, part, pixels[:filled], split.skipped, source_numbers)
+    held.damaged = split.damaged
+    return held

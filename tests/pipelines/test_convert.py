@@ -14,7 +14,8 @@ from fastssl.cli import run
 from fastssl_pipelines.sources import convert as module
 from fastssl_pipelines.sources.beton import Beton
 from fastssl_pipelines.sources.convert import convert
-from fastssl_pipelines.sources.image_files import decode, open_encoded
+from fastssl_pipelines.sources.decoding import decode
+from fastssl_pipelines.sources.image_files import open_encoded
 from fastssl_pipelines.sources.unreadable import UnreadableDataError
 from tests.helpers.requires import needs
 
@@ -121,13 +122,13 @@ def test_it_resumes(classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert records.count("\n") == 17
     (part / "records").write_text(records[:-20])
     converted: list[int] = []
-    original = module._converted
+    original = module._Encoder.encode
 
-    def count(images: Any, i: int, *rest: Any) -> Any:
+    def count(encoder: module._Encoder, i: int) -> Any:
         converted.append(i)
-        return original(images, i, *rest)
+        return original(encoder, i)
 
-    monkeypatch.setattr(module, "_converted", count)
+    monkeypatch.setattr(module._Encoder, "encode", count)
     assert convert(classes, target).written == 30
     assert sorted(converted) == list(range(16, 30))
     convert(classes, tmp_path / "whole.beton")
@@ -154,7 +155,10 @@ def test_a_full_disk_leaves_nothing(
     def full(*arguments: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "_converted" if place == "stage" else "_verify", full)
+    if place == "stage":
+        monkeypatch.setattr(module._Encoder, "encode", full)
+    else:
+        monkeypatch.setattr(module, "_verify", full)
     with pytest.raises(OSError, match=r"could not be written \(.*No space left.*nothing was left"):
         convert(classes, tmp_path / name, size=16)
     assert not list(tmp_path.iterdir())

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastssl_pipelines import Pipeline, View, open_pipeline, policies
 from fastssl_pipelines.augment import Images, Params, as_images, draw, render
 from fastssl_pipelines.engines.dali_operators import SUPPORTED_FIELDS, DaliRender, require_supported
-from fastssl_pipelines.sources.image_files import decode
+from fastssl_pipelines.sources.decoding import decode
 from tests.helpers.requires import needs
 
 pytestmark = needs("nvidia.dali")

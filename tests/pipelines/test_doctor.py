@@ -22,6 +22,8 @@ def test_a_healthy_tar(data: Path) -> None:
     assert set(found.sides) == {(224, 224)}
     assert found.lines() == [
         "1000 images, 0 unreadable (0.00%)",
+        "part train: 750 images, 10 classes",
+        "part val: 250 images, 10 classes",
         "1000 are plain JPEGs, for every decoder",
         "shorter side 224 to 224 px, median 224 px",
     ]

@@ -19,7 +19,8 @@ from fastssl.runtime.run_dir import config_from_json, config_to_json
 from fastssl_pipelines import Pipeline, View, choose_engine, open_pipeline, policies
 from fastssl_pipelines.augment import as_images, draw, views_of
 from fastssl_pipelines.sources.convert import convert
-from fastssl_pipelines.sources.image_files import decode, open_encoded
+from fastssl_pipelines.sources.decoding import decode
+from fastssl_pipelines.sources.image_files import open_encoded
 from tests.helpers.expected_decode import planned
 from tests.helpers.requires import needs
 
@@ -496,7 +497,7 @@ def test_the_command_line_reaches_the_engine(data: Path, tmp_path: Path) -> None
     plain = parse_config("barlow", [*flags, "--device", "cpu"])
     opened = [open_data(config, torch.device("cpu"), print) for config in (asked, plain)]
     pipelines: list[Any] = [each.pipeline for each in opened]
-    assert [(p.scaled, p.oriented, p._render is None) for p in pipelines] == [
+    assert [(p.scaled, p.decoding.oriented, p._render is None) for p in pipelines] == [
         (False, True, False),
         (True, False, True),
     ]

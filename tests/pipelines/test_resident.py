@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 import fastssl_pipelines
 from fastssl_pipelines import Batch, View, memory, open_pipeline, policies
 from fastssl_pipelines.augment import as_images, render
-from fastssl_pipelines.sources.image_files import decode
+from fastssl_pipelines.sources.decoding import decode
 
 stats = pytest.importorskip("scipy.stats")
 

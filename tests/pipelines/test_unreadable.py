@@ -18,9 +18,15 @@ from fastssl.data.splits import ArraySplit, open_split
 from fastssl_pipelines import Pipeline, View, open_pipeline
 from fastssl_pipelines.augment import as_images, views_of
 from fastssl_pipelines.sources.convert import convert
+from fastssl_pipelines.sources.decoding import Decoding, decode
 from fastssl_pipelines.sources.doctor import diagnose
-from fastssl_pipelines.sources.image_files import UnreadableError, decode, open_encoded, plain_jpeg
-from fastssl_pipelines.sources.unreadable import UnreadableDataError, UnreadableImages
+from fastssl_pipelines.sources.image_files import open_encoded
+from fastssl_pipelines.sources.jpeg import plain_jpeg
+from fastssl_pipelines.sources.unreadable import (
+    UnreadableDataError,
+    UnreadableError,
+    UnreadableImages,
+)
 from tests.helpers.expected_decode import planned
 from tests.helpers.requires import needs
 
@@ -126,9 +132,9 @@ def test_sixteen_bits_keep_their_high_byte(folder: Path) -> None:
 def test_exif_on_request(folder: Path) -> None:
     data = np.fromfile(folder / "Landscape_6.jpg", np.uint8)
     assert decode(data).shape == (1800, 1200, 3)
-    assert decode(data, oriented=True).shape == (1200, 1800, 3)
+    assert decode(data, Decoding(oriented=True)).shape == (1200, 1800, 3)
     small = [folder / f"hopper_orientation_{k}.jpg" for k in range(2, 9)]
-    upright = as_images([decode(np.fromfile(f, np.uint8), oriented=True) for f in small])
+    upright = as_images([decode(np.fromfile(f, np.uint8), Decoding(oriented=True)) for f in small])
     given: dict[str, Any] = {"batch_size": 7, "scaled": False}
     batch = next(opened(small, "dali", oriented=True, **given).epoch(0))
     truth, _ = views_of(upright.select(batch.index), VIEWS, 0, 0, batch.index)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastssl_pipelines.memory import require_memory
-from fastssl_pipelines.sources.image_files import to_rgb
+from fastssl_pipelines.sources.decoding import to_rgb
 
 WANTED = "wanted uint8 RGB, (M, H, W, 3), or a sequence of (H, W, 3) or of PIL images"
 

@@ -37,14 +37,18 @@ from fastssl_pipelines.engines.streaming import (
     to_device,
 )
 from fastssl_pipelines.prefetch import in_chunks, prefetch, results
-from fastssl_pipelines.sources.image_files import (
-    UnreadableError,
+from fastssl_pipelines.sources.decoding import (
+    Decoded,
+    Decoding,
     decode,
-    exif_orientation,
-    open_encoded,
-    plain_jpeg,
-    require_side,
+    decode_checked,
+    require_size,
 )
+from fastssl_pipelines.sources.exif import exif_orientation, upright
+from fastssl_pipelines.sources.image_files import open_encoded
+from fastssl_pipelines.sources.jpeg import jpeg_damage, plain_jpeg
+from fastssl_pipelines.sources.pillow import MAX_PIXELS
+from fastssl_pipelines.sources.unreadable import UnreadableError
 from fastssl_pipelines.spec import Batch, View
 
 log = logging.getLogger("fastssl_pipelines")
@@ -54,17 +58,19 @@ MAX_IN_FLIGHT = 8  # batches scheduled in DALI
 
 
 class Jpeg(NamedTuple):
-    """A plain JPEG, its size in px, the smallest side that its views allow, and the divisor of its
-    size at which to decode it."""
+    """A plain JPEG, its size in px once upright, its EXIF orientation (1 where it is ignored), the
+    smallest side that its views allow, and the divisor of its size at which to decode it."""
 
     data: NDArray[np.uint8]
     height: int
     width: int
+    orientation: int
     smallest: int
+    damage: str
     shrink: int = 1
 
 
-Pixels = NDArray[np.uint8] | UnreadableError  # (H, W, 3), or the reason why not
+Pixels = Decoded | UnreadableError  # or the reason why not
 Chunks = list[Future[list[Pixels | Jpeg]]]
 
 
@@ -85,8 +91,9 @@ class DaliPipeline(StreamingPipeline):
     fastssl-torch[dali]`.
 
     source: what `open_encoded` takes. threads: of DALI and of the readers, each; by default one per
-    core. oriented: turn images as their EXIF tag says; by default it is ignored, as in torchvision.
-    scaled, on_corrupt, quota: see `StreamingPipeline`; on a GPU `scaled` has no effect. render:
+    core. oriented, depth, bands, max_pixels: see `Decoding`. scaled, on_corrupt, quota, on_damage:
+    see `StreamingPipeline`; on a GPU `scaled` has no effect. A JPEG is checked for damage when it
+    is first read, at about three quarters of the time of decoding it. render:
     "fastssl" renders the views as every engine does; "dali" uses DALI's operators, which
     approximate (see `dali_operators.py`), and logs that once.
     """
@@ -98,14 +105,19 @@ class DaliPipeline(StreamingPipeline):
         *,
         threads: int | None = None,
         oriented: bool = False,
+        depth: str = "",
+        bands: tuple[int, int, int] | None = None,
+        max_pixels: int = MAX_PIXELS,
         render: Render = "fastssl",
         **options: Any,
     ) -> None:
         if render not in ("fastssl", "dali"):
             raise ValueError(f"render is {render!r}: choose 'fastssl' or 'dali'")
         self.encoded = open_encoded(source)
-        super().__init__(len(self.encoded), settings, **options)
-        self.threads, self.oriented = threads or os.cpu_count() or 1, oriented
+        super().__init__(len(self.encoded), settings, lost=self.encoded.lost, **options)
+        self.threads = threads or os.cpu_count() or 1
+        self.decoding = Decoding(oriented, depth, bands, max_pixels)
+        self._checked = np.zeros(len(self.encoded), dtype=bool)  # for damage, in this process
         self.scaled = self.scaled and self.device.type == "cpu"  # nvJPEG does not scale
         self._dali = self._build()
         self._render = self._build_render(settings.views) if render == "dali" else None
@@ -113,7 +125,7 @@ class DaliPipeline(StreamingPipeline):
             log.warning(APPROXIMATIONS)
 
     def _build(self) -> "_Dali":
-        return _Dali(self.settings.batch_size, self.threads, self.device, self.oriented)
+        return _Dali(self.settings.batch_size, self.threads, self.device)
 
     def _build_render(self, views: Sequence[View]) -> DaliRender:
         return DaliRender(
@@ -194,13 +206,15 @@ class DaliPipeline(StreamingPipeline):
             data = self.encoded.read(i)
             size = plain_jpeg(data)
             if size is None:
-                return decode(data, oriented=self.oriented, smallest=smallest)
-            require_side(*size, smallest)
+                return decode_checked(data, self.decoding, smallest=smallest)
+            require_size(*size, smallest, self.decoding.max_pixels)
         except UnreadableError as error:
             return error
-        transposed = self.scaled and self.oriented and exif_orientation(data) > 4
-        height, width = size[::-1] if transposed else size
-        return Jpeg(data, height, width, smallest)
+        damage = "" if self._checked[i] else jpeg_damage(data)
+        self._checked[i] = True
+        orientation = exif_orientation(data) if self.decoding.oriented else 1
+        height, width = size[::-1] if orientation > 4 else size
+        return Jpeg(data, height, width, orientation, smallest, damage)
 
     def _collect(self, batch: InFlightBatch, buffer: Buffer) -> tuple[Images, Tensor]:
         """The readable images of a batch on the device, and their indices."""
@@ -208,8 +222,13 @@ class DaliPipeline(StreamingPipeline):
         flat: Tensor | None = None
         if batch.decoded is not None:
             try:
-                full = batch.dali.collect(batch.decoded)
-                flat = batch.dali.flat(batch.decoded)
+                decoded = batch.dali.collect(batch.decoded)
+                full = [
+                    Decoded(upright(x, jpeg.orientation), jpeg.damage)
+                    for x, jpeg in zip(decoded, batch.full, strict=True)
+                ]
+                if all(jpeg.orientation == 1 for jpeg in batch.full):
+                    flat = batch.dali.flat(batch.decoded)
             except RuntimeError:  # one bad image ends a DALI pipeline and all batches in it
                 if batch.dali is self._dali:
                     self._dali = self._build()
@@ -221,19 +240,21 @@ class DaliPipeline(StreamingPipeline):
                 x = next(from_dali if x.shrink == 1 else from_pillow)
             if isinstance(x, UnreadableError):
                 self.unreadable.add(self.encoded.names[i], str(x))
-            else:
-                images.append(x)
+            elif self.unreadable.keeps(self.encoded.names[i], x.damage):
+                images.append(x.pixels)
                 readable.append(i)
         index = torch.tensor(readable, dtype=torch.int64)
-        return _packed(images, buffer, flat if len(full) == len(images) else None), index
+        in_place = len(images) == len(full) and all(
+            image is x.pixels for image, x in zip(images, full, strict=True)
+        )
+        return _packed(images, buffer, flat if in_place else None), index
 
     def _by_pillow(self, jpeg: Jpeg) -> Pixels:
         try:
-            return decode(
-                jpeg.data, oriented=self.oriented, smallest=jpeg.smallest, shrink=jpeg.shrink
-            )
+            pixels = decode(jpeg.data, self.decoding, smallest=jpeg.smallest, shrink=jpeg.shrink)
         except UnreadableError as error:
             return error
+        return Decoded(pixels, jpeg.damage)
 
 
 def _packed(images: Sequence[Any], buffer: Buffer, flat: Tensor | None) -> Images:
@@ -256,7 +277,7 @@ def _packed(images: Sequence[Any], buffer: Buffer, flat: Tensor | None) -> Image
 class _Dali:
     """DALI's decoder: bytes in, pixels out, decoding one batch while another is in use."""
 
-    def __init__(self, batch_size: int, threads: int, device: torch.device, oriented: bool) -> None:
+    def __init__(self, batch_size: int, threads: int, device: torch.device) -> None:
         self._device = device
         self._pipe = empty_pipeline(batch_size, threads, device)
         from nvidia.dali import fn, types
@@ -268,7 +289,7 @@ class _Dali:
                     data,
                     device="mixed" if device.type == "cuda" else "cpu",
                     output_type=types.DALIImageType.RGB,
-                    adjust_orientation=oriented,
+                    adjust_orientation=False,  # by `upright`, in one way for all engines
                     jpeg_fancy_upsampling=True,  # chroma on the GPU as on the CPU
                 )
             )

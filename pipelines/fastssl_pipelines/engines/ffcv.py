@@ -27,6 +27,7 @@ from fastssl_pipelines.engines.streaming import (
 )
 from fastssl_pipelines.prefetch import in_chunks, prefetch, results
 from fastssl_pipelines.sources.beton import Beton
+from fastssl_pipelines.sources.unreadable import UnreadableError
 from fastssl_pipelines.spec import View
 
 Order = Literal["random", "quasi_random"]
@@ -41,7 +42,7 @@ class InFlightBatch:
     buffer: Buffer
     flat: Tensor
     layout: Tensor  # (N, 3)
-    chunks: list[Future[list[str]]]
+    chunks: list[Future[list[str | UnreadableError]]]  # the damage of each image
 
 
 class FfcvPipeline(StreamingPipeline):
@@ -108,19 +109,26 @@ class FfcvPipeline(StreamingPipeline):
         jobs = list(zip(rows.tolist(), shrink.tolist(), layout[:, 0].tolist(), strict=True))
         pixels = flat.numpy()
 
-        def decode(job: tuple[int, int, int]) -> str:
+        def decode(job: tuple[int, int, int]) -> str | UnreadableError:
             row, factor, offset = job
-            return self.beton.decode(row, factor, pixels[offset:], smallest)
+            try:
+                return self.beton.decode(row, factor, pixels[offset:], smallest)
+            except UnreadableError as error:
+                return error
 
         chunks = in_chunks(self._pool, self.threads, decode, jobs)
         return InFlightBatch(index, buffer, flat, layout, chunks)
 
     def _finish(self, batch: InFlightBatch) -> tuple[Images, Tensor]:
         """The readable images of a batch on the device, and their indices."""
-        reasons = results(batch.chunks)
-        for i, reason in zip(batch.index.tolist(), reasons, strict=True):
-            if reason:
-                self.unreadable.add(self.beton.names[i], reason)
-        readable = torch.tensor([not reason for reason in reasons])
+        outcomes = zip(batch.index.tolist(), results(batch.chunks), strict=True)
+        readable = torch.tensor([self._is_used(i, outcome) for i, outcome in outcomes])
         images = batch.buffer.images(batch.flat, batch.layout[readable])
         return images, batch.index[readable]
+
+    def _is_used(self, i: int, outcome: str | UnreadableError) -> bool:
+        """Whether image i is used; the damaged and the unreadable ones are recorded."""
+        if isinstance(outcome, str):
+            return self.unreadable.keeps(self.beton.names[i], outcome)
+        self.unreadable.add(self.beton.names[i], str(outcome))
+        return False

@@ -17,16 +17,21 @@ from fastssl_pipelines.augment import as_images
 from fastssl_pipelines.engines.base import EngineSettings, ShuffledEpochs
 from fastssl_pipelines.memory import require_memory
 from fastssl_pipelines.prefetch import prefetch
-from fastssl_pipelines.sources.image_files import (
+from fastssl_pipelines.sources.decoding import (
     Bytes,
-    Encoded,
-    UnreadableError,
+    Decoded,
+    Decoding,
     center_square,
-    decode,
-    is_encoded,
-    open_encoded,
+    decode_checked,
 )
-from fastssl_pipelines.sources.unreadable import QUOTA, OnCorrupt, UnreadableImages
+from fastssl_pipelines.sources.image_files import Encoded, is_encoded, open_encoded
+from fastssl_pipelines.sources.unreadable import (
+    QUOTA,
+    OnCorrupt,
+    OnDamage,
+    UnreadableError,
+    UnreadableImages,
+)
 from fastssl_pipelines.spec import Batch, View
 
 PREFETCHED = 2  # batches rendered ahead
@@ -44,8 +49,8 @@ class ResidentPipeline(ShuffledEpochs):
 
     load_size: px; files become squares of this side (the shorter side resized to it, the centre
     cropped); by default they keep their own sizes. threads: of the decoder, by default one per
-    core. oriented: turn images as their EXIF tag says. on_corrupt, quota: see `UnreadableImages`.
-    The five are of files alone.
+    core. oriented, depth, bands, max_pixels: see `Decoding`. on_corrupt, quota, on_damage: see
+    `UnreadableImages`. All of these are of files alone.
     """
 
     def __init__(
@@ -55,9 +60,10 @@ class ResidentPipeline(ShuffledEpochs):
         *,
         load_size: int | None = None,
         threads: int | None = None,
-        oriented: bool = False,
         on_corrupt: OnCorrupt = "skip",
         quota: float = QUOTA,
+        on_damage: OnDamage = "keep",
+        **decoding: Any,
     ) -> None:
         if load_size is not None and load_size < 2:
             raise ValueError(f"load_size is {load_size}: give at least 2 px, or None")
@@ -67,9 +73,10 @@ class ResidentPipeline(ShuffledEpochs):
             source = _read_npy(Path(source))
         elif is_encoded(source):
             encoded = open_encoded(source)
-            self.unreadable = UnreadableImages(len(encoded), on_corrupt, quota)
+            total, how = len(encoded) + len(encoded.lost), Decoding(**decoding)
+            self.unreadable = UnreadableImages(total, on_corrupt, quota, on_damage, encoded.lost)
             count = threads or os.cpu_count() or 1
-            source, self.names = _decoded(encoded, load_size, count, oriented, self.unreadable)
+            source, self.names = _decoded(encoded, load_size, count, how, self.unreadable)
         images = as_images(source)
         super().__init__(images.count, settings)
         self._smallest_side = int(images.layout[:, 1:].min())
@@ -160,17 +167,17 @@ def _decoded(
     encoded: Encoded,
     load_size: int | None,
     threads: int,
-    oriented: bool,
+    how: Decoding,
     unreadable: UnreadableImages,
 ) -> tuple[list[Bytes], list[str]]:
     """The readable images of `encoded`, and their names."""
 
-    def load(i: int) -> Bytes | UnreadableError:
+    def load(i: int) -> Decoded | UnreadableError:
         try:
-            pixels = decode(encoded.read(i), oriented=oriented)
+            pixels, damage = decode_checked(encoded.read(i), how)
         except UnreadableError as error:
             return error
-        return pixels if load_size is None else center_square(pixels, load_size)
+        return Decoded(pixels if load_size is None else center_square(pixels, load_size), damage)
 
     images: list[Bytes] = []
     names: list[str] = []
@@ -179,17 +186,17 @@ def _decoded(
         for name, image in zip(encoded.names, loaded, strict=True):
             if isinstance(image, UnreadableError):
                 unreadable.add(name, str(image))
-            else:
+            elif unreadable.keeps(name, image.damage):
                 if not images:
-                    _require_room(len(encoded), image.nbytes)
-                images.append(image)
+                    _require_room(len(encoded), image.pixels.nbytes)
+                images.append(image.pixels)
                 names.append(name)
     if not images:
         raise ValueError(f"none of {len(encoded)} images can be read; `fastssl doctor` says why")
     return images, names
 
 
-def _result(future: Future[Bytes | UnreadableError]) -> Bytes | UnreadableError:
+def _result(future: Future[Decoded | UnreadableError]) -> Decoded | UnreadableError:
     return future.result()
 
 

@@ -6,7 +6,7 @@ Shapes: N batch, M data set, V views.
 """
 
 from abc import abstractmethod
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 
 import torch
@@ -15,10 +15,11 @@ from torch import Tensor
 from fastssl_pipelines.augment import Images, draw
 from fastssl_pipelines.augment.image_batch import is_one_size, require_layout
 from fastssl_pipelines.engines.base import EngineSettings, ShuffledEpochs
-from fastssl_pipelines.sources.image_files import SMALLEST
+from fastssl_pipelines.sources.decoding import SMALLEST
 from fastssl_pipelines.sources.unreadable import (
     QUOTA,
     OnCorrupt,
+    OnDamage,
     UnreadableDataError,
     UnreadableImages,
 )
@@ -73,7 +74,7 @@ class StreamingPipeline(ShuffledEpochs):
 
     scaled: decode a JPEG at 1/2, 1/4 or 1/8 (libjpeg's DCT scaling) where every crop of it still
     has a pixel for each pixel of its view; crops are then sampled on the smaller image. on_corrupt,
-    quota: see `UnreadableImages`.
+    quota, on_damage, lost: see `UnreadableImages`.
     """
 
     def __init__(
@@ -84,10 +85,13 @@ class StreamingPipeline(ShuffledEpochs):
         scaled: bool = True,
         on_corrupt: OnCorrupt = "skip",
         quota: float = QUOTA,
+        on_damage: OnDamage = "keep",
+        lost: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(count, settings)
         self.device, self.scaled = settings.device, scaled
-        self.unreadable = UnreadableImages(count, on_corrupt, quota)
+        total = count + len(lost or {})
+        self.unreadable = UnreadableImages(total, on_corrupt, quota, on_damage, lost)
 
     def epoch(
         self, epoch: int, skip: int = 0, views: Sequence[View] | None = None

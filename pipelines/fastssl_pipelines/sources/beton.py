@@ -9,6 +9,7 @@ import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastssl_pipelines.sources.image_files import (
+from fastssl_pipelines.sources.decoding import (
     SMALLEST,
     Bytes,
-    Encoded,
-    UnreadableError,
-    require_side,
+    Decoding,
+    decode_checked,
+    require_size,
 )
+from fastssl_pipelines.sources.image_files import Encoded
+from fastssl_pipelines.sources.layout import Layout
+from fastssl_pipelines.sources.unreadable import UnreadableError
 
 RAW = 1  # the mode of an image stored as pixels
 
@@ -38,7 +42,7 @@ class Beton(Encoded):
 
     def __init__(self, source: Any, os_cache: bool = True) -> None:
         self.path = _existing(source)
-        imdecode, reader, image, number = _open(self.path)
+        imdecode, reader, image, number, label = _open(self.path)
         self._imdecode = imdecode
         table = np.sort(reader.alloc_table, order="ptr")
         if not np.isin(image["data_ptr"], table["ptr"]).all():
@@ -51,7 +55,9 @@ class Beton(Encoded):
         self.raw = torch.from_numpy(image["mode"] == RAW)
         self.page = torch.from_numpy(start // int(reader.page_size))
         self.row = _rows(number, len(start))
-        super().__init__([f"{self.path}: image {i}" for i in range(len(start))], [])
+        self._label = label  # (rows,)
+        super().__init__([], str(self.path))
+        self.names = [f"{self.path}: image {i}" for i in range(len(start))]
         self._file = os.open(self.path, os.O_RDONLY)
         self._close = weakref.finalize(self, os.close, self._file)
         self._mapped = np.memmap(self.path, np.uint8, "r") if os_cache else None
@@ -59,9 +65,12 @@ class Beton(Encoded):
     def select(self, chosen: Sequence[int]) -> "Beton":
         """The images at positions `chosen`, renumbered from 0."""
         part = copy.copy(self)
+        for name in ("classes", "layout"):
+            part.__dict__.pop(name, None)
+        part.class_numbers = self.class_numbers
         part.names = [self.names[i] for i in chosen]
         part.row = self.row[torch.as_tensor(chosen, dtype=torch.int64)]
-        part._whole = self  # type: ignore[attr-defined]  # it closes the file when it is collected
+        part._file_owner = self  # type: ignore[attr-defined]  # it closes the file
         return part
 
     def read(self, i: int) -> Bytes:
@@ -74,16 +83,29 @@ class Beton(Encoded):
         header = f"P6 {width} {height} 255\n".encode()
         return np.concatenate([np.frombuffer(header, np.uint8), stored])
 
-    def class_name(self, i: int) -> str:
-        return ""
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @cached_property
+    def classes(self) -> list[str]:
+        """The number in the field "label" of each image, "" where there is no such field."""
+        if self._label is None:
+            return [""] * len(self)
+        return [str(label) for label in self._label[self.row.numpy()]]
+
+    @cached_property
+    def layout(self) -> Layout:
+        return Layout({"": list(range(len(self)))}, self.classes)
 
     def fingerprint(self) -> list[Any]:
         stat = self.path.stat()
         return [str(self.path), stat.st_size, stat.st_mtime_ns]
 
     def stored(self, row: int) -> Bytes:
-        """The bytes of one image: a JPEG, or its pixels."""
+        """The bytes of one image: a JPEG, or its pixels. UnreadableError where the file was cut."""
         start, length = self._start[row], self._length[row]
+        if os.fstat(self._file).st_size < start + length:  # reading a mapping would end the process
+            raise UnreadableError(f"{self.path} was cut since it was opened")
         if self._mapped is not None:
             return self._mapped[start : start + length]
         data = os.pread(self._file, length, start)
@@ -91,32 +113,26 @@ class Beton(Encoded):
         return np.frombuffer(data, np.uint8)
 
     def decode(self, row: int, shrink: int, out: Bytes, smallest: int = SMALLEST) -> str:
-        """Fill `out` with the pixels of one image at 1 / `shrink`. -> "" or why not"""
+        """Fill `out` with the pixels of one image at 1 / `shrink`. -> its damage, "" for a clean
+        one; UnreadableError where there are no pixels."""
         height, width = self.size[row].tolist()
-        try:
-            require_side(height, width, smallest)
-        except UnreadableError as error:
-            return str(error)
+        require_size(height, width, smallest)
         data = self.stored(row)
         if self.raw[row]:
             if len(data) != 3 * height * width:
-                return f"it holds {len(data)} bytes for {width} x {height} pixels"
+                raise UnreadableError(f"it holds {len(data)} bytes for {width} x {height} pixels")
             out[: len(data)] = data
             return ""
         full = (height, width, 0, 0, 1, shrink, False, False)
         source, target = data.ctypes.data, out.ctypes.data
-        failed = self._imdecode(source, len(data), height, width, target, *full)
-        return (
-            "FFCV cannot decode this JPEG: it breaks off, or is no gray or YCbCr" if failed else ""
-        )
-
-
-def beton_labels(source: Any) -> NDArray[np.int64] | None:
-    """The IntField "label" of a .beton, in the order of its images: (M,), or None."""
-    path = _existing(source)
-    _, reader, _, number = _open(path)
-    label = _int_field(reader, "label")
-    return None if label is None else label[_rows(number, len(label)).numpy()]
+        if not self._imdecode(source, len(data), height, width, target, *full):
+            return ""
+        # FFCV's decoder fails on whatever libjpeg warns of
+        found = decode_checked(data, Decoding(), smallest=smallest, shrink=shrink)
+        if found.pixels.shape[:2] != (-(-height // shrink), -(-width // shrink)):
+            raise UnreadableError("its size is not that in the index: convert it again")
+        out[: found.pixels.size] = found.pixels.reshape(-1)
+        return found.damage
 
 
 def _rows(number: NDArray[np.int64] | None, count: int) -> Tensor:
@@ -152,8 +168,9 @@ def _existing(source: Any) -> Path:
     return path
 
 
-def _open(path: Path) -> tuple[Any, Any, Any, NDArray[np.int64] | None]:
-    """(FFCV's decoder, its reader of the file, the rows of the image field, the index field)."""
+def _open(path: Path) -> tuple[Any, Any, Any, NDArray[np.int64] | None, NDArray[np.int64] | None]:
+    """(FFCV's decoder, its reader of the file, the rows of the image field, the index field, the
+    label field)."""
     with importing_ffcv():
         from ffcv.fields import RGBImageField
         from ffcv.libffcv import ctypes_imdecode
@@ -166,7 +183,8 @@ def _open(path: Path) -> tuple[Any, Any, Any, NDArray[np.int64] | None]:
     if not any(kinds) or reader.num_samples == 0:
         raise ValueError(f"{path} holds no images; its fields are {reader.field_names}")
     image = reader.metadata[f"f{kinds.index(True)}"]
-    return ctypes_imdecode, reader, image, _int_field(reader, "index")
+    number, label = _int_field(reader, "index"), _int_field(reader, "label")
+    return ctypes_imdecode, reader, image, number, label
 
 
 def _int_field(reader: Any, name: str) -> NDArray[np.int64] | None:

@@ -17,28 +17,34 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from fastssl_pipelines.prefetch import prefetch
 from fastssl_pipelines.sources.beton import Beton, importing_ffcv
-from fastssl_pipelines.sources.image_files import (
-    Bytes,
-    Encoded,
+from fastssl_pipelines.sources.decoding import Bytes, Decoding, center_square, decode_checked
+from fastssl_pipelines.sources.exif import exif_orientation
+from fastssl_pipelines.sources.image_files import Encoded, class_numbers, open_encoded
+from fastssl_pipelines.sources.jpeg import plain_jpeg
+from fastssl_pipelines.sources.layout import Layout
+from fastssl_pipelines.sources.unreadable import (
+    QUOTA,
+    OnCorrupt,
+    OnDamage,
     UnreadableError,
-    center_square,
-    decode,
-    open_encoded,
-    plain_jpeg,
+    UnreadableImages,
+    describe,
 )
-from fastssl_pipelines.sources.unreadable import QUOTA, OnCorrupt, UnreadableImages
 
 HEADER = 128  # bytes of an .npy header, which is written last
+JPEG_SIDE = 65_500  # px, of libjpeg
 SHARD_BYTES = 2**30  # of images in one tar
 SMALLEST_PAGE = 2**23  # bytes; FFCV's default
 Progress = Callable[[int, int], None]
@@ -55,16 +61,19 @@ class Record:
     width: int = 0
     crc: int = 0
     class_name: str = ""
-    reason: str = ""
+    damage: str = ""
+    reason: str | None = None  # why it is left out
 
 
 @dataclass(frozen=True)
 class Report:
-    """`written` images are in `target`; `skipped` maps the names of the others to the reasons."""
+    """`written` images are in `target`; `skipped` maps the names of the others to the reasons;
+    `damaged` are those written as they could be decoded, encoded anew."""
 
     target: Path
     written: int
     skipped: dict[str, str]
+    damaged: dict[str, str]
 
 
 def convert(
@@ -74,7 +83,11 @@ def convert(
     size: int | None = None,
     quality: int = 90,
     workers: int | None = None,
+    decoding: Decoding | None = None,
+    image_key: str = "",
+    part: str = "",
     on_corrupt: OnCorrupt = "skip",
+    on_damage: OnDamage = "keep",
     quota: float = QUOTA,
     progress: Progress = lambda done, total: None,
 ) -> Report:
@@ -83,9 +96,12 @@ def convert(
     source: what `open_encoded` takes, or an .npz with `x_train` (M, S, S, 3) uint8. target:
     NAME.npy for squares of `size` px in one array; NAME.beton for FFCV; NAME without a suffix for a
     folder of webdataset shards. size: the shorter side of larger images is reduced to it; None
-    changes none. quality: of the JPEGs that have to be encoded. No target exists after a ValueError
-    or an OSError.
+    changes none. quality: of the JPEGs that have to be encoded. decoding: images that its
+    orientation turns are encoded anew. image_key: see `open_encoded`. part: the part to write,
+    train, val or test, where the source has parts. No target exists after a ValueError or an
+    OSError. One process at a time writes a target.
     """
+    how = decoding or Decoding()
     target = Path(target).expanduser()
     for name, value, low, high in (
         ("size", size, 2, 65_535),
@@ -94,22 +110,37 @@ def convert(
     ):
         if value is not None and not low <= value <= high:
             raise ValueError(f"{name} is {value}: it must lie in [{low}, {high}]")
-    images = _open_source(source)
+    whole = _open_source(source, image_key)
+    images = _part(whole, part)
     kind = _kind(target, size, images)
     if target.exists():
         raise ValueError(f"{target} exists; remove it, or choose another target")
-    unreadable = UnreadableImages(len(images), on_corrupt, quota)
-    settings = [kind, size, quality, images.fingerprint()]
-    with _staging(target, settings) as part:
-        records = _stage(images, part, kind, size, quality, workers or os.cpu_count() or 1,
-                         unreadable, progress)  # fmt: skip
-        good = [record for record in records if not record.reason]
+    total = len(images) + len(whole.lost)
+    unreadable = UnreadableImages(total, on_corrupt, quota, on_damage, whole.lost)
+    encoder = _Encoder(images, kind, size, quality, how)
+    settings = [kind, size, quality, asdict(how), on_damage, part, images.fingerprint()]
+    with _locked(target), _staging(target, settings) as folder:
+        records = _stage(encoder, folder, workers or os.cpu_count() or 1, unreadable, progress)
+        good = [record for record in records if record.name not in unreadable.reasons]
         if not good:
             raise ValueError(f"no image of {source} can be read; `fastssl doctor` says why")
-        packed = _pack(kind, part, good)
+        packed = _pack(kind, folder, good)
         _verify(kind, packed, good)
         os.replace(packed, target)
-    return Report(target, len(good), {r.name: r.reason for r in records if r.reason})
+    return Report(target, len(good), unreadable.reasons, unreadable.damaged)
+
+
+def _part(images: Encoded, part: str) -> Encoded:
+    """The images of one part; ValueError where the source has parts and none of them is chosen."""
+    parts = images.layout.parts
+    if part not in parts:
+        names = ", ".join(sorted(parts))
+        if not part:
+            raise ValueError(
+                f"{images.source} has the parts {names}: convert each by itself, with --part"
+            )
+        raise ValueError(f"{images.source} has no part {part}; it has {names or 'none'}")
+    return images if len(parts[part]) == len(images) else images.select(parts[part])
 
 
 class _Arrays(Encoded):
@@ -123,20 +154,29 @@ class _Arrays(Encoded):
         shape, dtype = self.pixels.shape, self.pixels.dtype
         if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or shape[0] == 0:
             raise ValueError(f"{path}: x_train is {dtype} {shape}; wanted uint8 (M, S, S, 3)")
-        super().__init__([f"{path}: image {i}" for i in range(shape[0])], [])
+        super().__init__([], str(path))
+        self.names = [f"{path}: image {i}" for i in range(shape[0])]
         self._path = path
 
-    def class_name(self, i: int) -> str:
-        return ""
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    @cached_property
+    def classes(self) -> list[str]:
+        return [""] * len(self)
+
+    @cached_property
+    def layout(self) -> Layout:
+        return Layout({"": list(range(len(self)))}, self.classes)
 
     def fingerprint(self) -> list[Any]:
         return [str(self._path), self._path.stat().st_mtime_ns]
 
 
-def _open_source(source: Any) -> Encoded:
+def _open_source(source: Any, image_key: str) -> Encoded:
     if isinstance(source, str | os.PathLike) and Path(source).suffix == ".npz":
         return _Arrays(Path(source).expanduser())
-    return open_encoded(source)
+    return open_encoded(source, image_key=image_key)
 
 
 def _kind(target: Path, size: int | None, images: Encoded) -> str:
@@ -148,6 +188,24 @@ def _kind(target: Path, size: int | None, images: Encoded) -> str:
     if target.suffix == ".npy" and size is None and not isinstance(images, _Arrays):
         raise ValueError("an .npy holds squares of one size: give it, such as --size 256")
     return target.suffix.removeprefix(".") or "tar"
+
+
+@contextmanager
+def _locked(target: Path) -> Iterator[None]:
+    """One process at a time converts to `target`."""
+    lock = FileLock(target.with_name(target.name + ".lock"), timeout=0)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise ValueError(f"another process is converting to {target}; wait for it") from None
+    except OSError as error:
+        raise OSError(f"{target} could not be written ({error}); nothing was left") from error
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
 @contextmanager
@@ -171,21 +229,17 @@ def _staging(target: Path, settings: list[Any]) -> Iterator[Path]:
 
 
 def _stage(
-    images: Encoded,
+    encoder: "_Encoder",
     part: Path,
-    kind: str,
-    size: int | None,
-    quality: int,
     workers: int,
     unreadable: UnreadableImages,
     progress: Progress,
 ) -> list[Record]:
     """Write the bytes of all images to `part`/data. -> their records"""
-    records = _recorded(part)
+    records, total = _recorded(part), len(encoder.images)
     for record in records:
-        if record.reason:
-            unreadable.add(record.name, record.reason)
-    end = max([HEADER if kind == "npy" else 0, *(r.offset + r.length for r in records)])
+        _note(record, unreadable)
+    end = max([HEADER if encoder.kind == "npy" else 0, *(r.offset + r.length for r in records)])
     data_path = part / "data"
     data_path.touch()
     with (
@@ -195,21 +249,31 @@ def _stage(
     ):
         data.truncate(end)
         data.seek(end)
-
-        def submit(i: int) -> Any:
-            return pool.submit(_converted, images, i, kind, size, quality)
-
-        todo = range(len(records), len(images))
-        for record, stored in prefetch(todo, submit, lambda future: future.result(), 4 * workers):
-            if record.reason:
-                unreadable.add(record.name, record.reason)
-            records.append(Record(**{**asdict(record), "offset": data.tell()}))
-            data.write(stored)
-            data.flush()
+        todo = range(len(records), total)
+        converted = prefetch(
+            todo,
+            lambda i: pool.submit(encoder.encode, i),
+            lambda future: future.result(),
+            4 * workers,
+        )
+        for record, stored in converted:
+            used = _note(record, unreadable)
+            records.append(replace(record, offset=data.tell(), length=len(stored) if used else 0))
+            if used:
+                data.write(stored)
+                data.flush()
             ledger.write(json.dumps(asdict(records[-1])) + "\n")
             ledger.flush()
-            progress(len(records), len(images))
+            progress(len(records), total)
     return records
+
+
+def _note(record: Record, unreadable: UnreadableImages) -> bool:
+    """Whether the image of a record is used; the damaged and unreadable ones are recorded."""
+    if record.reason is None:
+        return unreadable.keeps(record.name, record.damage)
+    unreadable.add(record.name, record.reason)
+    return False
 
 
 def _recorded(part: Path) -> list[Record]:
@@ -225,34 +289,55 @@ def _recorded(part: Path) -> list[Record]:
     return records[:complete]
 
 
-def _converted(
-    images: Encoded, i: int, kind: str, size: int | None, quality: int
-) -> tuple[Record, bytes]:
-    """Image i as it will be stored, or the reason why it cannot be read."""
-    name, class_name = images.names[i], images.class_name(i)
-    try:
-        if isinstance(images, _Arrays):
-            data, pixels = None, images.pixels[i]
+@dataclass(frozen=True)
+class _Encoder:
+    """Images as they will be stored."""
+
+    images: Encoded
+    kind: str
+    size: int | None
+    quality: int
+    how: Decoding
+
+    def encode(self, i: int) -> tuple[Record, bytes]:
+        """Image i, or the reason why it cannot be read or the format cannot hold it."""
+        name = self.images.names[i]
+        try:
+            return self._encoded(i, name)
+        except UnreadableError as error:
+            return Record(name, reason=str(error)), b""
+        except (MemoryError, ValueError) as error:
+            return Record(name, reason=f"it cannot be stored: {describe(error)}"), b""
+
+    def _encoded(self, i: int, name: str) -> tuple[Record, bytes]:
+        if isinstance(self.images, _Arrays):
+            data, pixels, damage = None, self.images.pixels[i], ""
         else:
-            data = images.read(i)
-            pixels = decode(data)
-    except UnreadableError as error:
-        return Record(name, reason=str(error)), b""
-    if size is None:
-        resized = pixels
-    elif kind == "npy":
-        resized = center_square(pixels, size)
-    else:
-        resized = _reduced(pixels, size)
-    if kind == "npy":
-        stored = resized.tobytes()
-    elif data is not None and resized is pixels and plain_jpeg(data):
-        stored = data.tobytes()
-    else:
-        stored = _jpeg(resized, quality)
-    height, width = resized.shape[:2]
-    crc = zlib.crc32(stored)
-    return Record(name, 0, len(stored), height, width, crc, class_name), stored
+            data = self.images.read(i)
+            pixels, damage = decode_checked(data, self.how)
+        resized = self._resized(pixels)
+        if self.kind == "npy":
+            stored = resized.tobytes()
+        elif data is not None and resized is pixels and not damage and self._is_copied(data):
+            stored = data.tobytes()
+        else:
+            stored = _jpeg(resized, self.quality)
+        height, width = resized.shape[:2]
+        crc = zlib.crc32(stored)
+        class_name = self.images.classes[i]
+        return Record(name, 0, len(stored), height, width, crc, class_name, damage), stored
+
+    def _resized(self, pixels: Bytes) -> Bytes:
+        if self.size is None:
+            return pixels
+        return (
+            center_square(pixels, self.size) if self.kind == "npy" else _reduced(pixels, self.size)
+        )
+
+    def _is_copied(self, data: Bytes) -> bool:
+        """Whether the bytes are a JPEG that every reader takes as it is."""
+        upright = not self.how.oriented or exif_orientation(data) == 1
+        return upright and plain_jpeg(data) is not None
 
 
 def _reduced(pixels: Bytes, size: int) -> Bytes:
@@ -270,6 +355,11 @@ def _reduced(pixels: Bytes, size: int) -> Bytes:
 def _jpeg(pixels: Bytes, quality: int) -> bytes:
     from PIL import Image
 
+    height, width = pixels.shape[:2]
+    if max(height, width) > JPEG_SIDE:
+        raise UnreadableError(
+            f"{width} x {height} pixels: a JPEG holds at most {JPEG_SIDE} a side; pass --size"
+        )
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "JPEG", quality=quality)
     return file.getvalue()
@@ -280,8 +370,8 @@ def _pack(kind: str, part: Path, records: Sequence[Record]) -> Path:
     data = np.memmap(part / "data", np.uint8, "r")
     if kind == "npy":
         return _pack_npy(part / "data", records)
-    classes = sorted({record.class_name for record in records})
-    labels = [classes.index(r.class_name) for r in records] if "" not in classes else None
+    numbers = class_numbers(record.class_name for record in records)
+    labels = [numbers[r.class_name] for r in records] if "" not in numbers else None
     if kind == "beton":
         return _pack_beton(part / "packed.beton", data, records, labels)
     return _pack_shards(part / "packed", data, records, labels)
@@ -330,18 +420,24 @@ def _pack_beton(
     writer = DatasetWriter(str(path), fields, page_size=page)
     writer.num_samples = len(records)
     writer.prepare()
+    failure: OSError | None = None
+    metadata = np.frombuffer(writer.metadata_sm.buf, writer.metadata_type, len(records))
     try:
-        metadata = np.frombuffer(writer.metadata_sm.buf, writer.metadata_type, len(records))
         allocator = MemoryAllocator(str(path), writer.data_region_start, page)
         with allocator:
             for k, record in enumerate(records):
                 sample = (record, k) if labels is None else (record, k, labels[k])
                 handle_sample(sample, k, metadata.dtype.names, metadata, allocator, fields)
         writer.finalize(allocator.allocations)
-        del metadata
+    except OSError as error:
+        # without its traceback, whose frames refer to the shared memory that is closed below
+        failure = OSError(error.errno, error.strerror)
     finally:
+        del metadata
         writer.metadata_sm.close()
         writer.metadata_sm.unlink()
+    if failure is not None:
+        raise failure
     return path
 
 

@@ -3,36 +3,31 @@
 The index gives each image a number that is the same in every run, so that an engine can determine
 the order of an epoch: exact skip, disjoint shards, and a shuffle over the whole data set rather
 than a window of it.
-
-Shapes: M data set, H and W pixels.
 """
 
-import io
+import json
 import os
-import tarfile
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fastssl_pipelines.sources.layout import Layout, read_layout
+from fastssl_pipelines.sources.scan import SUFFIXES, Scan, is_hidden, is_image, scan
+from fastssl_pipelines.sources.tar_members import Member, TarIndex, index_tar
+from fastssl_pipelines.sources.unreadable import UnreadableError
+
 Bytes = NDArray[np.uint8]
 
-SUFFIXES = frozenset(".bmp .gif .jpeg .jpg .png .ppm .tif .tiff .webp".split())
 WANTED = (
     "a folder of images, a .tar or a folder of .tar shards, a list of files, or a list of bytes"
 )
-SMALLEST = 2  # px: sides of an image that views can be rendered from
-SOI, EOI, START_OF_SCAN, ADOBE = 0xD8, 0xD9, 0xDA, 0xEE
-FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, extended, progressive; Huffman coded
-NO_FRAME = {0xC4, 0xC8, 0xCC}  # of the markers between 0xC0 and 0xCF
-WITHOUT_LENGTH = {0x01, 0xFF, *range(0xD0, 0xD8)}  # not valid before the first scan
-ORIENTATION = 0x0112  # the EXIF tag
-
-
-class UnreadableError(ValueError):
-    """One image that cannot be read, and why."""
+LABEL_FIELDS = ("label", "cls", "class", "target")  # of a sample's .json in a tar
+MASKS = ("mask", "seg", "label", "annot", "depth", "target")  # in the keys of what is no image
 
 
 class FileSpan(NamedTuple):
@@ -43,39 +38,113 @@ class FileSpan(NamedTuple):
     size: int
 
 
+class Entry(NamedTuple):
+    """One image: its name for people, its path below the source, its bytes, those of its label."""
+
+    name: str
+    path: str
+    span: FileSpan | bytes
+    label: FileSpan | None = None
+
+
 class Encoded:
     """M encoded images. `names[i]` is the path of image i, prefixed with that of its tar; `read(i)`
-    returns its bytes."""
+    returns its bytes.
 
-    def __init__(self, names: Sequence[str], spans: Sequence[FileSpan | bytes]) -> None:
-        self.names, self._spans = names, spans
+    lost: images that the source names and that cannot be opened, with the reason. left_out: what
+    else lies there and is not read, counted by reason.
+    """
+
+    def __init__(
+        self,
+        entries: Sequence[Entry],
+        source: str = "",
+        lost: Mapping[str, str] | None = None,
+        left_out: Mapping[str, int] | None = None,
+    ) -> None:
+        self._entries, self.source = entries, source
+        self._whole: Encoded | None = None  # of which this is the part at the positions `_chosen`
+        self._chosen: Sequence[int] = ()
+        self.lost, self.left_out = dict(lost or {}), Counter(left_out or {})
+
+    @cached_property
+    def names(self) -> list[str]:
+        return [entry.name for entry in self._entries]
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self._entries)
 
     def read(self, i: int) -> Bytes:
         """The encoded bytes of image i. UnreadableError where its file cannot be opened."""
-        span = self._spans[i]
-        if isinstance(span, bytes):
-            return np.frombuffer(span, np.uint8)
-        try:
-            return np.fromfile(span.file, np.uint8, count=span.size, offset=span.offset)
-        except OSError as error:
-            raise UnreadableError(f"the file cannot be opened: {error.strerror}") from error
+        return _read(self._entries[i].span)
 
     def select(self, chosen: Sequence[int]) -> "Encoded":
-        """The images at positions `chosen`, renumbered from 0."""
-        return Encoded([self.names[i] for i in chosen], [self._spans[i] for i in chosen])
+        """The images at positions `chosen`, renumbered from 0, with the classes that they have in
+        the whole."""
+        part = Encoded([self._entries[i] for i in chosen], self.source)
+        part._whole, part._chosen = self, chosen
+        return part
 
-    def class_name(self, i: int) -> str:
-        """The name of the folder of image i, by convention its class; "" where it has none."""
-        return Path(self.names[i].rpartition(":")[2]).parent.name
+    @cached_property
+    def layout(self) -> Layout:
+        """The parts and the classes that the paths of the images state."""
+        return read_layout([entry.path for entry in self._entries], self.source)
+
+    @cached_property
+    def classes(self) -> list[str]:
+        """The class of each image, "" where it has none: of its label file, else of its path."""
+        if self._whole is not None:
+            return [self._whole.classes[i] for i in self._chosen]
+        if any(entry.label for entry in self._entries):
+            return [_label(entry) for entry in self._entries]
+        return self.layout.classes
+
+    @cached_property
+    def class_numbers(self) -> dict[str, int]:
+        """The number of each class of the training part, or of all images where it is no part."""
+        if self._whole is not None:
+            return self._whole.class_numbers
+        parts = self.layout.parts
+        return class_numbers(self.classes[i] for i in parts.get("train", parts.get("", [])))
 
     def fingerprint(self) -> list[Any]:
         """Changes when the images do: the names, sizes and modification times of their files."""
-        files = sorted({span.file for span in self._spans if isinstance(span, FileSpan)})
+        spans = [entry.span for entry in self._entries]
+        files = sorted({span.file for span in spans if isinstance(span, FileSpan)})
         stats = [(str(file), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
         return [len(self), *stats]
+
+
+def _read(span: FileSpan | bytes) -> Bytes:
+    if isinstance(span, bytes):
+        return np.frombuffer(span, np.uint8)
+    try:
+        return np.fromfile(span.file, np.uint8, count=span.size, offset=span.offset)
+    except OSError as error:
+        raise UnreadableError(f"the file cannot be opened: {error.strerror}") from error
+
+
+def _label(entry: Entry) -> str:
+    """The content of a .cls, or the label in a .json; "" where there is none."""
+    if entry.label is None:
+        return ""
+    text = _read(entry.label).tobytes().decode(errors="replace").strip()
+    if not text.startswith("{"):
+        return text
+    try:
+        sample = json.loads(text)
+    except json.JSONDecodeError:
+        return ""
+    return next((str(sample[name]) for name in LABEL_FIELDS if name in sample), "")
+
+
+def class_numbers(classes: Iterable[str]) -> dict[str, int]:
+    """The number of each class: that which its name is, where all names are numbers 0 to K - 1,
+    else its rank among the sorted names, as torchvision's ImageFolder."""
+    names = sorted(set(classes))
+    if {str(k) for k in range(len(names))} == set(names):
+        return {name: int(name) for name in names}
+    return {name: k for k, name in enumerate(names)}
 
 
 def is_encoded(source: Any) -> bool:
@@ -84,168 +153,113 @@ def is_encoded(source: Any) -> bool:
     return isinstance(first, str | os.PathLike | bytes | Encoded)
 
 
-def open_encoded(source: Any) -> Encoded:
-    """The index of `source`: a folder of images or of tar shards, a .tar, a list of either, or a
-    list of bytes.
+def open_encoded(source: Any, *, image_key: str = "") -> Encoded:
+    """The index of `source`: a folder of images and tar shards, a .tar, a list of either, or a list
+    of bytes.
 
     Images are numbered by sorted name; members of tars (webdataset shards) by their order in the
-    tar. ValueError where there are none.
+    tar, after the files. image_key: of samples of several images in tars, the one to take, by what
+    follows the first dot of its name, such as "input.jpg". ValueError where there are none.
     """
     if isinstance(source, Encoded):
         return source
     if isinstance(source, str | os.PathLike):
-        files = _files(Path(source).expanduser())
-    elif isinstance(source, Sequence) and source and isinstance(source[0], bytes):
-        return Encoded([f"image {i} in memory" for i in range(len(source))], list(source))
-    elif isinstance(source, Sequence) and source and isinstance(source[0], str | os.PathLike):
+        return _open_path(Path(source).expanduser(), image_key)
+    if isinstance(source, Sequence) and source and isinstance(source[0], bytes):
+        names = (f"image {i} in memory" for i in range(len(source)))
+        return Encoded([Entry(n, n, data) for n, data in zip(names, source, strict=True)])
+    if isinstance(source, Sequence) and source and isinstance(source[0], str | os.PathLike):
         files = [Path(file).expanduser() for file in source]
-    else:
-        raise ValueError(f"source is {type(source).__name__}; wanted {WANTED}")
-    shards = [file for file in files if file.suffix == ".tar"]
-    if shards and len(shards) == len(files):
-        return _members(shards)
-    return Encoded([str(file) for file in files], [FileSpan(file, 0, -1) for file in files])
+        shards = [file for file in files if file.suffix == ".tar"]
+        if shards and len(shards) == len(files):
+            return _opened(Scan(shards=shards), None, "", image_key)
+        return _opened(Scan(images=files), None, "", image_key)
+    raise ValueError(f"source is {type(source).__name__}; wanted {WANTED}")
 
 
-def _files(path: Path) -> list[Path]:
-    """Images below a folder, else its tar shards; a file is itself."""
+def _open_path(path: Path, image_key: str) -> Encoded:
     if path.is_file():
         if path.suffix != ".tar":
             raise ValueError(f"{path} is a file but no .tar; wanted {WANTED}")
-        return [path]
+        return _opened(Scan(shards=[path]), path.parent, str(path), image_key)
     if not path.is_dir():
         raise ValueError(f"{path} does not exist; wanted {WANTED}")
-    return _scan(path, or_shards=True)
+    return _opened(scan(path), path, str(path), image_key)
 
 
-def find_images(folder: Path) -> list[Path]:
-    """The image files below `folder`, at any depth, sorted. ValueError where there are none."""
-    return _scan(folder, or_shards=False)
+def _opened(found: Scan, root: Path | None, source: str, image_key: str) -> Encoded:
+    """The images of the files and the tars in `found`; root: what their paths are relative to."""
+
+    def relative(file: Path) -> str:  # of a file in a list, the folder it lies in is its class
+        return "/".join(file.parts[-2:]) if root is None else file.relative_to(root).as_posix()
+
+    entries = [Entry(str(file), relative(file), FileSpan(file, 0, -1)) for file in found.images]
+    lost, left_out = dict(found.lost), Counter(found.left_out)
+    for shard in found.shards:
+        index = index_tar(shard)
+        lost |= index.lost
+        folder = "" if root is None else shard.parent.relative_to(root).as_posix()
+        entries += _entries(shard, folder, index, left_out)
+    entries = _chosen_images(entries, image_key, left_out)
+    if not entries:
+        raise ValueError(_nothing(source or "the source", lost, left_out))
+    return Encoded(entries, source, lost, left_out)
 
 
-def _scan(folder: Path, or_shards: bool) -> list[Path]:
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    found = [file for file in files if file.suffix.lower() in SUFFIXES]
-    if not found and or_shards:
-        found = [file for file in files if file.suffix == ".tar"]
-    if not found:
-        known = " ".join(sorted(SUFFIXES))
+def _nothing(source: str, lost: Mapping[str, str], left_out: Mapping[str, int]) -> str:
+    known = " ".join(sorted(SUFFIXES))
+    text = f"{source} holds no images: fastssl reads files ending in {known}, or .tar"
+    counts = Counter(lost.values()) + Counter(left_out)
+    return text + "".join(f"; {number} x {reason}" for reason, number in counts.most_common(5))
+
+
+def _entries(shard: Path, folder: str, index: TarIndex, left_out: Counter[str]) -> Iterable[Entry]:
+    """The images of one tar, each with the file of its label."""
+    labels = {_split(m.name): m for m in index.members if m.name.endswith((".cls", ".json"))}
+    for member in index.members:
+        if is_hidden(member.name):
+            left_out["hidden or system entry"] += 1
+        elif is_image(member.name):
+            key = _split(member.name)[0]
+            label = labels.get((key, "cls")) or labels.get((key, "json"))
+            path = f"{folder}/{member.name}"
+            name = f"{shard}:{member.name}"
+            yield Entry(
+                name, path, _span(shard, member), None if label is None else _span(shard, label)
+            )
+        elif not member.name.endswith((".cls", ".json")):
+            left_out[f"file ending in {Path(member.name).suffix} in a tar"] += 1
+
+
+def _span(shard: Path, member: Member) -> FileSpan:
+    return FileSpan(shard, member.offset, member.size)
+
+
+def _split(name: str) -> tuple[str, str]:
+    """(key, extension) of a file in a webdataset: up to the first dot of its name, and after."""
+    folder, _, base = name.rpartition("/")
+    key, _, extension = base.partition(".")
+    return f"{folder}/{key}", extension.lower()
+
+
+def _chosen_images(entries: list[Entry], image_key: str, left_out: Counter[str]) -> list[Entry]:
+    """One image of each sample, where every sample in the tars holds the same several ones."""
+    if image_key:
+        chosen = [e for e in entries if _split(e.path)[1] == image_key.lower()]
+        left_out[f"image of another key than {image_key}"] += len(entries) - len(chosen)
+        return chosen
+    samples: dict[tuple[Path, str], set[str]] = {}
+    for entry in entries:
+        if isinstance(entry.span, FileSpan) and entry.span.size >= 0:
+            key, extension = _split(entry.path)
+            samples.setdefault((entry.span.file, key), set()).add(extension)
+    kinds = {frozenset(extensions) for extensions in samples.values()}
+    if len(kinds) != 1 or len(next(iter(kinds))) == 1:
+        return entries
+    keys = sorted(next(iter(kinds)))
+    images = [key for key in keys if not any(word in key for word in MASKS)]
+    if len(images) != 1:
         raise ValueError(
-            f"{folder} holds no images: fastssl reads files ending in {known}, or .tar"
+            f"every sample holds the images {', '.join(keys)}: choose one with --image-key"
         )
-    return found
-
-
-def _members(shards: Sequence[Path]) -> Encoded:
-    """The images in uncompressed tars; only their headers are read."""
-    names: list[str] = []
-    spans: list[FileSpan | bytes] = []
-    for shard in shards:
-        try:
-            with tarfile.open(shard, "r:") as tar:
-                for member in tar:
-                    if member.isfile() and Path(member.name).suffix.lower() in SUFFIXES:
-                        names.append(f"{shard}:{member.name}")
-                        spans.append(FileSpan(shard, member.offset_data, member.size))
-        except tarfile.TarError as error:
-            raise ValueError(
-                f"{shard} cannot be read as an uncompressed tar ({error}); unpack or copy it again"
-            ) from error
-    if not names:
-        raise ValueError(f"{shards[0]} holds no images; wanted {WANTED}")
-    return Encoded(names, spans)
-
-
-def plain_jpeg(data: Bytes) -> tuple[int, int] | None:
-    """(height, width) of a complete 8-bit gray or YCbCr JPEG, which all decoders read alike.
-
-    None for anything else: other formats and colour spaces, and truncated files.
-    """
-    if len(data) < 4 or data[0] != 0xFF or data[1] != SOI:
-        return None
-    if data[-2] != 0xFF or data[-1] != EOI:  # trailing padding is rare, and left to Pillow
-        return None
-    view, at, size = data.data, 2, None
-    while at + 4 <= len(view):
-        marker = view[at + 1]
-        if view[at] != 0xFF or marker in WITHOUT_LENGTH:
-            return None
-        if marker == START_OF_SCAN:
-            return size
-        length = int.from_bytes(view[at + 2 : at + 4])
-        body = view[at + 4 : at + 2 + length]
-        if marker == ADOBE and len(body) >= 12 and body[11] == 0:
-            return None  # three components may be RGB here
-        if 0xC0 <= marker <= 0xCF and marker not in NO_FRAME:
-            if marker not in FRAMES or len(body) < 6 or body[0] != 8 or body[5] not in (1, 3):
-                return None
-            size = int.from_bytes(body[1:3]), int.from_bytes(body[3:5])
-        at += 2 + length
-    return None
-
-
-def decode(
-    data: Bytes, *, oriented: bool = False, smallest: int = SMALLEST, shrink: int = 1
-) -> Bytes:
-    """Any image that Pillow reads -> (H, W, 3) uint8 RGB; UnreadableError with the reason for all
-    others.
-
-    CMYK is converted, 16 bits are shifted to 8, gray is repeated, alpha is dropped. oriented: apply
-    the EXIF orientation, which torchvision and the default ignore. shrink: 2, 4 or 8 decodes a JPEG
-    to ceil(H / shrink) x ceil(W / shrink) by libjpeg's DCT scaling.
-    """
-    from PIL import Image, ImageOps
-
-    if len(data) == 0:
-        raise UnreadableError("the file is empty")
-    try:
-        with Image.open(io.BytesIO(data.tobytes())) as image:
-            if shrink > 1:  # Pillow takes the largest divisor that still gives this size: shrink
-                image.draft(None, (image.width // shrink, image.height // shrink))
-            upright = ImageOps.exif_transpose(image) if oriented else image
-            pixels = to_rgb(upright)
-    except Image.UnidentifiedImageError:
-        start = data[:8].tobytes()
-        raise UnreadableError(f"not an image: it starts with {start!r}") from None
-    except Exception as error:  # Pillow's plug-ins raise any exception on a corrupt file
-        raise UnreadableError(str(error)) from error
-    require_side(pixels.shape[0], pixels.shape[1], smallest)
-    return pixels
-
-
-def center_square(pixels: Bytes, size: int) -> Bytes:
-    """(H, W, 3) -> (size, size, 3): the shorter side resized to `size` px with antialias, the
-    centre cropped."""
-    from PIL import Image, ImageOps
-
-    fitted = ImageOps.fit(Image.fromarray(pixels), (size, size), Image.Resampling.BILINEAR)
-    return np.asarray(fitted)
-
-
-def exif_orientation(data: Bytes) -> int:
-    """1 (upright) to 8, as EXIF counts; 1 where no such tag can be read."""
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(data.tobytes())) as image:
-            value = image.getexif().get(ORIENTATION, 1)
-    except Exception:  # Pillow's plug-ins raise any exception on a corrupt file
-        return 1
-    return value if value in range(1, 9) else 1
-
-
-def require_side(height: int, width: int, smallest: int) -> None:
-    """UnreadableError for an image too small for its views."""
-    if min(height, width) < smallest:
-        raise UnreadableError(
-            f"{width} x {height} pixels: these views need at least {smallest} x {smallest}"
-        )
-
-
-def to_rgb(image: Any) -> Bytes:
-    """A PIL image of any mode -> (H, W, 3) uint8: gray is repeated, alpha dropped, CMYK and
-    palettes converted, 16 bits shifted to 8."""
-    if image.mode.startswith("I"):  # 16-bit gray, which Pillow would clip at 255
-        gray = np.asarray(image).astype(np.int64) >> 8
-        return np.repeat(gray.clip(0, 255).astype(np.uint8)[..., None], 3, axis=-1)
-    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))  # which would copy
+    return _chosen_images(entries, images[0], left_out)
