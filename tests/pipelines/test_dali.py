@@ -13,7 +13,9 @@ from PIL import Image
 
 from fastssl_pipelines import Pipeline, View, open_pipeline
 from fastssl_pipelines.augment import views_of
-from fastssl_pipelines.sources.image_files import decode, open_encoded, plain_jpeg
+from fastssl_pipelines.sources.decoding import decode
+from fastssl_pipelines.sources.image_files import open_encoded
+from fastssl_pipelines.sources.jpeg import plain_jpeg
 from tests.helpers.expected_decode import planned
 from tests.helpers.requires import needs
 
