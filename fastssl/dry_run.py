@@ -221,10 +221,10 @@ def _allocate(module: nn.Module, device: torch.device) -> None:
                 data = torch.empty(old.shape, dtype=old.dtype, device=device)
                 new[old] = nn.Parameter(data, old.requires_grad)
             setattr(part, name, new[old])
-        for name, old in part.named_buffers(recurse=False, remove_duplicate=False):
-            if old not in new:
-                new[old] = torch.empty(old.shape, dtype=old.dtype, device=device)
-            setattr(part, name, new[old])
+        for name, buffer in part.named_buffers(recurse=False, remove_duplicate=False):
+            if buffer not in new:
+                new[buffer] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
+            setattr(part, name, new[buffer])
 
 
 def _objective(config: Config, backbone: nn.Module, count: int) -> Objective:
