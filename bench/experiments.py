@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.report import Row, markdown, mean_std, read_results
+from bench.report import Row, markdown, mean_std, plain_ticks, read_results
 
 GOAL = 0.8  # of arXiv:2312.10725 on CIFAR-10, with a ResNet-18
 PROBES = ("knn_all", "linear_all", "knn_10", "linear_10")
@@ -150,21 +150,20 @@ def plot_error_against_time(rows: list[Row], path: Path) -> None:
         (axes,) = panels
         axes.scatter(*zip(*points.values(), strict=True), s=18, color="C0", alpha=0.6)
         axes.plot(*zip(*(points[name] for name in names), strict=True), "o-", color="C1")
-        for name in names:
-            above = {"xytext": (5, 5), "textcoords": "offset points", "fontsize": 8}
-            axes.annotate(name.removeprefix("cifar-small-"), points[name], **above)
+        for number, name in enumerate(names, start=1):  # names would cover other points
+            label = f"{number}: {name.removeprefix('cifar-small-')}"
+            axes.plot(*points[name], "o", markersize=13, color="C1", label=label)
+            axes.annotate(str(number), points[name], ha="center", va="center", fontsize=9)
         axes.set(xlabel="seconds of training", ylabel="error of the linear probe")
         _log_seconds(axes)
+        axes.legend(title="Pareto front", handlelength=0, markerscale=0, loc="upper center")
 
     _figure(plot, path)
 
 
 def _log_seconds(axes: Any) -> None:
     axes.set_xscale("log")
-    low, high = axes.get_xlim()
-    ticks = [d * 10**e for e in range(6) for d in (1, 2, 5) if low <= d * 10**e <= high]
-    axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.minorticks_off()
+    plain_ticks(axes.xaxis, *axes.get_xlim())
 
 
 def plot_loss_against_probe(rows: list[Row], path: Path) -> None:
@@ -177,7 +176,6 @@ def plot_loss_against_probe(rows: list[Row], path: Path) -> None:
             axes.scatter(*zip(*points, strict=True), color=f"C{number}", s=18)
             axes.plot([], [], "o", color=f"C{number}", label=f"seed {row['parameters']['seed']}")
         axes.set(xlabel="DIET's training loss", ylabel="kNN accuracy")
-        axes.invert_xaxis()
         axes.legend()
 
     _figure(plot, path)

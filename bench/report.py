@@ -141,24 +141,62 @@ def markdown(head: list[str], lines: list[list[str]]) -> str:
 
 
 def plot_ratios(rows: list[Row], path: Path) -> None:
-    """Bars: speed of each variant as a multiple of its case's reference."""
+    """Bars: speed of each variant as a multiple of its case's reference, which is 1; a panel per
+    case, ours in another colour."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    timed = [row for row in rows if "ms" in row and row["times_reference"] != 1.0]
-    figure, axes = pyplot.subplots(figsize=(9, 0.9 + 0.28 * len(timed)))
-    names = [f"{row['case']}: {row['variant']}" for row in timed]
-    bars = axes.barh(names, [row["times_reference"] for row in timed], color="tab:blue")
-    axes.bar_label(bars, fmt="%.2g", padding=3, fontsize=8)
-    axes.axvline(1, color="black", linewidth=1)
-    axes.set(xscale="log", xlabel="times faster than the reference")
-    axes.invert_yaxis()
-    axes.tick_params(axis="y", labelsize=8)
-    figure.tight_layout()
+    timed = [row for row in rows if "ms" in row]
+    cases = list(dict.fromkeys(row["case"] for row in timed))
+    bars = [[row for row in timed if row["case"] == case] for case in cases]
+    figure, panels = pyplot.subplots(
+        len(cases),
+        sharex=True,
+        squeeze=False,
+        figsize=(8, sum(0.6 + 0.27 * len(b) for b in bars) + 0.5),
+        height_ratios=[len(b) + 1 for b in bars],
+        layout="constrained",
+    )
+    for axes, case, variants in zip(panels[:, 0], cases, bars, strict=True):
+        values = [row["times_reference"] for row in variants]
+        colors = ["C1" if row["variant"].startswith("fastssl") else "C0" for row in variants]
+        # a position per row: two rows of a case may have one name
+        axes.barh(range(len(values)), values, color=colors)
+        for position, value in enumerate(values):  # right of the line at 1, never on it
+            axes.text(1.04 * max(value, 1), position, f"{value:.3g} x", va="center", fontsize=8)
+        axes.set_yticks(range(len(values)), [row["variant"] for row in variants], fontsize=8)
+        title = f"{_title(case)} (n = {min(row['n'] for row in variants)})"
+        axes.set_title(title, loc="left", fontsize=9)
+        axes.axvline(1, color="black", linewidth=1)
+        axes.set_xscale("log")
+        axes.invert_yaxis()
+        axes.spines[["top", "right"]].set_visible(False)
+    ratios = [row["times_reference"] for row in timed]
+    plain_ticks(axes.xaxis, min(0.5, *ratios), 1.6 * max(ratios))
+    axes.set(xlim=(min(0.5, *ratios) * 0.8, 1.6 * max(ratios)))
+    axes.set_xlabel("speed, as a multiple of the first loader or loss of each group (log scale)")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def _title(case: str) -> str:
+    """What a case of the pipelines measures; the name of any other."""
+    names = {"pipeline ": "images in memory to views: ", "JPEG ": "JPEG to views: "}
+    for prefix, words in names.items():
+        if case.startswith(prefix):
+            return words + case.removeprefix(prefix)
+    return case
+
+
+def plain_ticks(axis: Any, low: float, high: float) -> None:
+    """Ticks 1, 2, 5, 10, ... between `low` and `high` of a logarithmic axis, as plain numbers."""
+    steps = (1, 2, 5) if high / low < 1e3 else (1,)
+    ticks = [float(f"{d}e{e}") for e in range(-4, 10) for d in steps]
+    ticks = [tick for tick in ticks if low <= tick <= high]
+    axis.set_ticks(ticks, [f"{tick:,g}" for tick in ticks])
+    axis.minorticks_off()
 
 
 def plot_sweep(rows: list[Row], path: Path, *, against: str, x: str, y: str, title: str) -> None:
@@ -183,6 +221,7 @@ def plot_sweep(rows: list[Row], path: Path, *, against: str, x: str, y: str, tit
     right.set(ylabel="peak extra memory, MiB")
     for axes in (left, right):
         axes.set(xlabel=x, xticks=ticks, xticklabels=[f"{tick:,}" for tick in ticks])
+        plain_ticks(axes.yaxis, *axes.get_ylim())
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     left.legend()

@@ -1,4 +1,4 @@
-"""The directory of a run: config.json, metrics.jsonl, checkpoint/, backbone.safetensors,
+"""The directory of a run: config.json, metrics.jsonl, log.txt, checkpoint/, backbone.safetensors,
 curves.png, summary.json."""
 
 import json

@@ -123,6 +123,31 @@ def test_report(tmp_path: Path) -> None:
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_speeds_are_grouped_by_case_and_ours_stand_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib import pyplot
+
+    kept = []
+    monkeypatch.setattr(pyplot, "close", kept.append)
+    ratios = {"pipeline a": {"peer": 1.0, "slow": 0.5, "fastssl": 8.0}, "b": {"peer": 1.0}}
+    rows = [
+        {"case": case, "variant": name, "ms": 1 / ratio, "times_reference": ratio, "n": 3}
+        for case, variants in ratios.items()
+        for name, ratio in variants.items()
+    ]
+    plot_ratios(rows, tmp_path / "plot.png")
+    monkeypatch.undo()
+    first, second = kept[0].axes
+    titles = [axes.get_title(loc="left") for axes in (first, second)]
+    assert titles == ["images in memory to views: a (n = 3)", "b (n = 3)"]
+    assert [label.get_text() for label in first.get_yticklabels()] == ["peer", "slow", "fastssl"]
+    assert [bar.get_width() for bar in first.patches] == [1.0, 0.5, 8.0]
+    assert len({bar.get_facecolor() for bar in first.patches}) == 2
+    assert all(text.get_position()[0] > 1 for text in first.texts)  # beside the line at 1
+    pyplot.close(kept[0])
+
+
 def test_accuracy_table_is_the_mean_over_seeds() -> None:
     features = ("raw pixels", "untrained", "pretrained")
     runs = [

@@ -1,5 +1,6 @@
 """The commands as a user types them: help, results, one line with exit code 2 for each mistake."""
 
+import json
 import os
 import re
 import signal
@@ -188,9 +189,16 @@ def test_a_run_is_evaluated_again_and_never_overwritten(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    command = ["train", "digits-diet", "--run", str(folder), *QUICK]
+    command = ["train", "digits-diet", "--run", str(folder), "--probe-epochs", "1", *QUICK]
     assert run(command) == 0
-    table = capsys.readouterr().out.split("accuracy on held-out images")[1].split("trained in")[0]
+    out = capsys.readouterr().out
+    (probe,) = json.loads((folder / "summary.json").read_text())["probes"]
+    assert f"step 11: online kNN {probe['knn']:.3f} (epoch 1)" in out
+    assert f"online kNN {probe['knn']:.3f} at step 11; best" in out
+    logged = (folder / "log.txt").read_text().splitlines()
+    assert logged[0] == f"run {folder}" and set(logged) <= set(out.splitlines())
+    assert any(line.startswith("step 11/11  loss ") for line in logged)
+    table = out.split("accuracy on held-out images")[1].split("online kNN")[0]
     assert "raw pixels" in table and "pretrained" in table and table.count("knn") == 4
     assert run(["eval", str(folder)]) == 0
     assert capsys.readouterr().out.split("accuracy on held-out images")[1] == table

@@ -72,6 +72,7 @@ def test_the_files_of_a_run_folder(tmp_path: Path) -> None:
         "backbone.safetensors",
         "checkpoint",
         "curves.png",
+        "log.txt",
         "summary.json",
     }
     summary = json.loads((folder / "summary.json").read_text())
