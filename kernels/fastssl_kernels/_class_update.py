@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fastssl_kernels._class_softmax import (
+    INSTEAD,
     SavedForBackward,
     Statistics,
     block_classes,
@@ -31,6 +32,7 @@ from fastssl_kernels._class_softmax import (
 from fastssl_kernels._dispatch import matmul_t, use_triton
 from fastssl_kernels._precision import accumulation_dtype
 from fastssl_kernels._triton import class_update as kernels
+from fastssl_kernels.distributed import refuse_backward
 
 STALE = (
     "DIETHead: the weight was updated after this forward, so this backward would see other "
@@ -38,6 +40,8 @@ STALE = (
     "losses of several forwards in one backward, and gradient accumulation, need "
     "DIETHead(optimizer=None) and an optimizer of your own"
 )
+
+NO_SECOND_ORDER = f"DIETHead: second derivatives are not implemented; use {INSTEAD}"
 
 
 class OptimizerStep(NamedTuple):
@@ -225,8 +229,9 @@ def _backward(ctx, g_lse, g_target, g_sum, *_):
             raise
         raise ValueError(STALE) from error
     grads = zeros_for_none((g_lse, g_target, g_sum), saved[3])
-    dx = class_update(*grads, *saved, *ctx.rule)
-    return dx, *[None] * 14
+    with torch.no_grad():
+        dx = class_update(*grads, *saved, *ctx.rule)
+    return refuse_backward(dx, saved[0], NO_SECOND_ORDER), *[None] * 14
 
 
 class_statistics_updating.register_autograd(_backward, setup_context=_setup_context)
