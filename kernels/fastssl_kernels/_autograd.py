@@ -104,9 +104,7 @@ def twice_differentiable(
     """
     if not torch.is_grad_enabled():
         return tuple(derivatives)
-    return _TwiceDifferentiable.apply(  # type: ignore[no-any-return]
-        formula, len(derivatives), *derivatives, *inputs, *upstream
-    )
+    return _TwiceDifferentiable.apply(formula, len(derivatives), *derivatives, *inputs, *upstream)
 
 
 def register_gradient(op: Any, gradient: Any, formula: Callable[..., Tensor]) -> None:
@@ -123,7 +121,7 @@ def register_gradient(op: Any, gradient: Any, formula: Callable[..., Tensor]) ->
         return torch.empty_like(z)
 
     def compute(grad: Tensor, z: Tensor, saved: Sequence[Tensor]) -> Tensor:
-        return gradient(grad, z, *saved)  # type: ignore[no-any-return]
+        return gradient(grad, z, *saved)
 
     _register(op, compute, formula)
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fastssl_kernels._class_softmax import (
+    INSTEAD,
     SavedForBackward,
     Statistics,
     block_classes,
@@ -32,6 +33,7 @@ from fastssl_kernels._class_softmax import (
 from fastssl_kernels._dispatch import matmul_t, use_triton
 from fastssl_kernels._precision import accumulation_dtype
 from fastssl_kernels._triton import class_update as kernels
+from fastssl_kernels.distributed import refuse_backward
 
 STALE = (
     "DIETHead: the weight was updated after this forward, so this backward would see other "
@@ -39,6 +41,8 @@ STALE = (
     "losses of several forwards in one backward, and gradient accumulation, need "
     "DIETHead(optimizer=None) and an optimizer of your own"
 )
+
+NO_SECOND_ORDER = f"DIETHead: second derivatives are not implemented; use {INSTEAD}"
 
 
 class OptimizerStep(NamedTuple):
@@ -272,8 +276,9 @@ def _backward(ctx, g_lse, g_target, g_sum, *_):
         raise ValueError(STALE) from error
     grads = zeros_for_none((g_lse, g_target, g_sum), saved[3])
     *state, b, b_m, b_v = saved
-    dx = class_update(*grads, *state, *ctx.rule, b, b_m, b_v)
-    return dx, *[None] * 17
+    with torch.no_grad():
+        dx = class_update(*grads, *state, *ctx.rule, b, b_m, b_v)
+    return refuse_backward(dx, saved[0], NO_SECOND_ORDER), *[None] * 17
 
 
 class_statistics_updating.register_autograd(_backward, setup_context=_setup_context)

@@ -8,7 +8,6 @@ smaller serves all views, and the gradient a (I + a Z Z^T)^-1 Z solves with the 
 Shapes: V views, N batch, n rows of this rank, D embedding.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,8 +40,8 @@ def coding_rate_reference(views: Tensor | Sequence[Tensor], *, eps_sq: float = 0
 
 
 def _weight(rows: int, width: int, eps_sq: float) -> float:
-    """a of the formula; without rows 0 / 0."""
-    return width / (rows * eps_sq) if rows else math.nan
+    """a of the formula; any number without rows, whose Z Z^T is empty."""
+    return width / (max(rows, 1) * eps_sq)
 
 
 def coding_rate(
@@ -60,7 +59,7 @@ def coding_rate(
     group: ranks whose rows form one batch (distributed.py has the contract for value and gradient).
 
     Takes float64, 32, 16 or bfloat16, computes in float32 or float64 and returns that. NaN where
-    I + a Z^T Z is not positive definite in that precision, and of no rows. ValueError on other
+    I + a Z^T Z is not positive definite in that precision, 0 of no rows. ValueError on other
     shapes or dtypes, mixed devices, eps_sq <= 0, an unknown path, a group without this rank.
     """
     z, ranks = check_views(views, "coding_rate", path=path, group=group, min_views=1, min_rows=0)
@@ -77,7 +76,7 @@ def _rate(z: Tensor, eps_sq: float, path: str, group: str, gradient: bool) -> tu
     rows = row_counts(z, group)
     total, width = sum(rows), z.shape[2]
     weight = _weight(total, width, eps_sq)
-    by_rows = total > 0 and (path == "gram" or (path == "auto" and total < width))
+    by_rows = path == "gram" or (path == "auto" and total < width)
     with without_autocast(z):
         x = z.to(accumulation_dtype(z))
         if by_rows:

@@ -147,7 +147,7 @@ def refuse_backward(derivative: Tensor, x: Tensor, message: str) -> Tensor:
     """`derivative`, of a loss with respect to x; under create_graph its backward raises."""
     if not torch.is_grad_enabled():
         return derivative
-    return _RefuseBackward.apply(derivative.detach(), x, message)  # type: ignore[no-any-return]
+    return _RefuseBackward.apply(derivative.detach(), x, message)
 
 
 class _OwnRows(torch.autograd.Function):
@@ -161,7 +161,8 @@ class _OwnRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return refuse_backward(grads[0] * ctx.world, *ctx.saved_tensors, SECOND_ACROSS_RANKS), None
+        (z,) = ctx.saved_tensors
+        return refuse_backward(grads[0] * ctx.world, z, SECOND_ACROSS_RANKS), None
 
 
 def scale_grad_by_world_size(x: Tensor, world: int) -> Tensor:
@@ -237,7 +238,8 @@ class _AllGatherInputs(torch.autograd.Function):
         dist.all_reduce(total, group=shard.group)
         local = total[dist.get_rank(shard.group) * n :][:n]
         dx = (local * shard.world).to(grads[0].dtype)
-        return refuse_backward(dx, *ctx.saved_tensors, SECOND_ACROSS_RANKS), None
+        (x,) = ctx.saved_tensors
+        return refuse_backward(dx, x, SECOND_ACROSS_RANKS), None
 
 
 class _AllReduceSum(torch.autograd.Function):

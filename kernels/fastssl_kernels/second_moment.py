@@ -115,7 +115,7 @@ def _direct(
 
 def slabs(length: int, longest: int, depth: int, x: Tensor) -> Iterator[slice]:
     """Slices of range(length) of at most `longest`; times `depth` each fits a slab."""
-    step = max(1, min(longest, (SLAB_CUDA if x.is_cuda else SLAB) // depth))
+    step = max(1, min(longest, (SLAB_CUDA if x.is_cuda else SLAB) // max(depth, 1)))
     for start in range(0, length, step):
         yield slice(start, min(start + step, length))
 

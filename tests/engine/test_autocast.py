@@ -154,7 +154,7 @@ def ops_in_low_precision(make: Callable[[], Objective], x: Tensor, low: torch.dt
         index = torch.empty(shape[0], dtype=torch.int64)
         with record() as seen, cuda_autocast(low):
             loss = objective(fake, index)["loss"]
-    assert loss.dtype == torch.float32 and loss.device.type == "cuda" and len(seen) > 5
+    assert loss.dtype == torch.float32 and loss.device.type == "cuda" and seen
     names = {name for name, dtypes in seen if low in dtypes}
     return {name for name in names - COPIES if not name.startswith("fastssl::")}
 

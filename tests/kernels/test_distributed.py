@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from fastssl_kernels import (
     vicreg_loss,
 )
 from tests.helpers.gloo import on_ranks
-from tests.helpers.numerics import relative_error
+from tests.helpers.numerics import relative_error, value_and_grads
 
 Loss = Callable[..., Tensor]
 
@@ -161,9 +162,38 @@ def second_order_losses() -> list[Loss]:
     return [losses()[name] for name in names]
 
 
-def test_what_ranks_cannot_do_is_refused_on_each() -> None:
+def gathering_bank(rank: int, world: int) -> tuple[Tensor, int, list[Tensor]]:
+    """A memory bank after a step of 6 images over the ranks, its pointer, value and gradients."""
+    torch.manual_seed(0)
+    module = NTXentLoss(0.2, (8, 6), gather_distributed=world > 1)
+    views = batch(6, 2).chunk(world, 1)[rank]
+    return module.bank, int(module.bank_ptr), value_and_grads(module, list(views), torch.float32)
+
+
+def steps(rank: int, world: int) -> tuple[Any, Any, Any]:
+    return other_steps(rank, world), refused(rank, world), gathering_bank(rank, world)
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> list[tuple[Any, Any, Any]]:
+    """What `steps` returns on each of two ranks."""
+    return on_ranks(2, steps)
+
+
+def test_a_bank_stores_the_rows_of_all_ranks(two_ranks: list[Any]) -> None:
+    """The loss is that of the rank's own rows, as lightly's."""
+    bank, _, _ = gathering_bank(0, 1)
+    for rank, (_, _, (found, pointer, results)) in enumerate(two_ranks):
+        assert torch.allclose(found, bank) and pointer == 6
+        torch.manual_seed(0)
+        views = list(batch(6, 2)[:, 3 * rank : 3 * rank + 3])
+        wanted = value_and_grads(NTXentLoss(0.2, (8, 6)), views, torch.float32)
+        assert all(relative_error(x, y) < 1e-6 for x, y in zip(results, wanted, strict=True))
+
+
+def test_what_ranks_cannot_do_is_refused_on_each(two_ranks: list[Any]) -> None:
     """With one message, where a mismatched collective would end the processes."""
-    first, second = on_ranks(2, refused)
+    first, second = (messages for _, messages, _ in two_ranks)
     assert first == second
     rows, derivatives = first[:9], first[9:]
     assert all("ranks hold rows of shapes" in m and "drop the last batch" in m for m in rows[:6])
@@ -172,9 +202,9 @@ def test_what_ranks_cannot_do_is_refused_on_each() -> None:
     assert all("without group=" in message for message in derivatives) and len(derivatives) == 7
 
 
-def test_modules_gather_and_wrong_groups_are_named() -> None:
+def test_modules_gather_and_wrong_groups_are_named(two_ranks: list[Any]) -> None:
     whole = [module()(*batch(6, 2)) for module in (BarlowTwinsLoss, VICRegLoss)]
-    for values, messages in on_ranks(2, other_steps):
+    for (values, messages), _, _ in two_ranks:
         assert all(relative_error(v, w) < 1e-10 for v, w in zip(values, whole, strict=True))
         assert all("not a member" in message for message in messages[:-1])
         assert "[2, 4, 5]" in messages[-1] and "[2, 4, 6]" in messages[-1]

@@ -8,7 +8,6 @@ from torch import Tensor
 
 import fastssl_kernels
 from fastssl_kernels import BarlowTwinsLoss, NTXentLoss, VICRegLoss, info_nce_loss
-from tests.helpers.gloo import on_ranks
 from tests.helpers.numerics import relative_error, value_and_grads
 
 MODULES = ("BarlowTwinsLoss", "NTXentLoss", "VICRegLoss")
@@ -45,7 +44,7 @@ def test_arguments_in_lightly_s_positions() -> None:
 def test_unknown_arguments_are_named(name: str) -> None:
     with pytest.raises(TypeError, match="abs"):
         getattr(fastssl_kernels, name)(abs=True)
-    with pytest.raises(ValueError, match="gather_distributed is 4096; wanted a bool"):
+    with pytest.raises(ValueError, match="gather_distributed is 4096; pass True or False"):
         getattr(fastssl_kernels, name)(gather_distributed=4096)
 
 
@@ -141,27 +140,3 @@ def test_vicreg_raises_what_lightly_raises() -> None:
         for kind in (AssertionError, ValueError):
             with pytest.raises(kind, match="VICRegLoss: views"):
                 VICRegLoss()(*views)
-
-
-def gathering_bank(rank: int, world: int) -> tuple[Tensor, int, list[Tensor]]:
-    torch.manual_seed(0)
-    loss = NTXentLoss(0.2, (8, 5), gather_distributed=True)
-    mine = slice(3 * rank, 3 * rank + 3)
-    views = [draw(3 * world, 5)[mine], draw(5, 3 * world).T[mine]]
-    found = value_and_grads(loss, views, torch.float32)
-    return loss.bank, int(loss.bank_ptr), found
-
-
-def test_a_bank_stores_the_rows_of_all_ranks() -> None:
-    torch.manual_seed(0)
-    whole = NTXentLoss(0.2, (8, 5))
-    value_and_grads(whole, [draw(6, 5), draw(5, 6).T], torch.float32)
-    torch.manual_seed(0)
-    for rank, (bank, pointer, found) in enumerate(on_ranks(2, gathering_bank)):
-        assert torch.allclose(bank, whole.bank) and pointer == int(whole.bank_ptr) == 6
-        torch.manual_seed(0)
-        alone = NTXentLoss(0.2, (8, 5))
-        mine = slice(3 * rank, 3 * rank + 3)
-        views = [draw(6, 5)[mine], draw(5, 6).T[mine]]
-        wanted = value_and_grads(alone, views, torch.float32)
-        assert all(relative_error(x, y) < 1e-6 for x, y in zip(found, wanted, strict=True))
