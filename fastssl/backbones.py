@@ -6,6 +6,7 @@ Shapes: N batch, F features, S pixels per side.
 import re
 import warnings
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -93,7 +94,7 @@ def _timm_model(name: str, image_size: int) -> nn.Module:
     """The model built for `image_size`, with as much freedom in the size as its class offers."""
     import timm
 
-    sized = {"img_size": image_size}
+    sized: dict[str, Any] = {"img_size": image_size}
     with warnings.catch_warnings():
         # timm's deprecated names stand for weights: "... to current vit_base_patch16_224.sam_in1k"
         warnings.filterwarnings("error", "Mapping deprecated model name")

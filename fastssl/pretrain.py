@@ -176,7 +176,8 @@ def _check_data(config: Config, size_step: int) -> None:
 def _metadata(config: Config, backbone: nn.Module) -> Metadata:
     """What the backbone's file says of it; of paths the last part alone, since it is handed on."""
     view, recipe = build_views(config)[0], run_dir.flat(config)
-    paths = {name: Path(recipe[name]).name for name in ("data", "init", "run")}
+    del recipe["run"]
+    paths = {name: Path(recipe[name]).name for name in ("data", "init")}
     return Metadata(
         architecture=config.backbone,
         stem=config.stem,

@@ -63,7 +63,7 @@ def train(
     """
     model = Model(backbone, objective, config.accumulate).train()
     optimizer = build_optimizer(config, [backbone, objective])
-    width = feature_width(backbone, config.image_size)
+    width = feature_width(backbone, max(pipeline.views[0].shape))
     spectrum = SpectrumQueue(width, device_of(model))
     collapse = CollapseDetector(config, width, log)
     checkpointer = TrainCheckpointer(

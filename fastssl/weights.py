@@ -69,10 +69,13 @@ class Metadata:
         if "architecture" not in strings:
             return None
         known = {field.name for field in fields(cls)} & set(strings)
-        values = {k: strings[k] for k in known & {"architecture", "stem"}}
-        parsed = {k: json.loads(strings[k]) for k in known - set(values)}
-        lists = {k: tuple(v) if isinstance(v, list) else v for k, v in parsed.items()}
-        return cls(**values, **lists)
+        words = known & {"architecture", "stem"}
+        values: dict[str, Any] = {
+            k: strings[k] if k in words else json.loads(strings[k]) for k in known
+        }
+        for name in known & {"mean", "std", "classes"}:
+            values[name] = values[name] and tuple(values[name])
+        return cls(**values)
 
 
 def save_backbone(path: Path, backbone: nn.Module, metadata: Metadata) -> None:
@@ -223,20 +226,18 @@ def _matching(tensors: Tensors, backbone: nn.Module) -> tuple[Tensors, str]:
     named = {k.replace("_orig_mod.", ""): t for k, t in tensors.items()}
     prefix = _best_prefix(named, expected)
     found = _below(prefix, named)
-    if not _agreement(found, expected):
-        # lightly's nn.Sequential(*list(resnet.children())[:-1]): children by their position
-        position = {k: str(i) for i, (k, _) in enumerate(backbone.named_children())}
-        child = {v: k for k, v in position.items()}
-        by_position = {_with_root(k, position): t for k, t in expected.items()}
-        prefix_of_positions = _best_prefix(named, by_position)
-        numbered = _below(prefix_of_positions, named)
-        if _agreement(numbered, by_position):
-            return {_with_root(k, child): t for k, t in numbered.items()}, prefix_of_positions
-    if _agreement(found, expected) < len(expected):
-        converted = _converted(found, backbone)
-        if _agreement(converted, expected) > _agreement(found, expected):
-            return converted, prefix
-    return found, prefix
+    if (count := _agreement(found, expected)) == len(expected):
+        return found, prefix
+    # nn.Sequential(*list(resnet.children())[:-1]), as lightly's users write: children by position
+    position = {k: str(i) for i, (k, _) in enumerate(backbone.named_children())}
+    child = {v: k for k, v in position.items()}
+    by_position = {_with_root(k, position): t for k, t in expected.items()}
+    before_numbers = _best_prefix(named, by_position)
+    numbered = {_with_root(k, child): t for k, t in _below(before_numbers, named).items()}
+    if _agreement(numbered, expected) > count:
+        return numbered, before_numbers
+    converted = _converted(found, backbone)
+    return (converted if _agreement(converted, expected) > count else found), prefix
 
 
 def _with_root(name: str, roots: Mapping[str, str]) -> str:
@@ -307,7 +308,9 @@ def _require_file(path: Path) -> None:
 
 
 def _damaged(path: Path, error: Exception) -> ValueError:
-    return ValueError(f"{path} is damaged or no file of weights ({error}); restore it")
+    message = str(error).rpartition("WeightsUnpickler error:")[2]  # torch's advice precedes it
+    reason = " ".join(message.split())[:160]
+    return ValueError(f"{path} is damaged or no file of weights ({reason}); restore it")
 
 
 def _read(path: Path) -> Tensors:
@@ -318,13 +321,13 @@ def _read(path: Path) -> Tensors:
         with torch.serialization.safe_globals([argparse.Namespace]):  # scripts save their flags
             saved = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "weights_only" not in str(error).lower():
+        if not re.search("(?i)unsupported (global|class)|unrecognized function", str(error)):
             raise _damaged(path, error) from None
         raise ValueError(
             f"{path} contains objects other than tensors, which are not loaded, since that could "
             "run code; save the weights alone, with torch.save(model.state_dict(), PATH)"
         ) from None
-    except (SafetensorError, EOFError, KeyError, RuntimeError) as error:
+    except (SafetensorError, EOFError, LookupError, RuntimeError, ValueError) as error:
         raise _damaged(path, error) from None
     return dict(_flat(saved))
 

@@ -54,7 +54,7 @@ def test_a_network_without_one_vector_per_image_is_refused() -> None:
 def family_member(module: str) -> str:
     """A small model of a family of timm."""
     names = timm.list_models(module=module)
-    for size in ("test_", "nano", "atto", "_xxs", "tiny", "_t", "small", "_s", "050", "18", "b0"):
+    for size in ("test_", "nano", "atto", "xx", "_xs", "050", "tiny", "_t", "small", "_s", "b0"):
         for name in names:
             if size in name:
                 return name
@@ -63,8 +63,8 @@ def family_member(module: str) -> str:
 
 @pytest.mark.slow
 def test_one_model_of_each_family_of_timm() -> None:
-    """On meta tensors: each is built, has a width, and decays nothing but matrices and kernels.
-    Sequencers, whose LSTMs take meta tensors 20 s, are only built."""
+    """On meta tensors, 40 s of one core: each is built, has a width, and decays nothing but
+    matrices and kernels. Sequencers, whose LSTMs take 20 s on meta tensors, are only built."""
     other_width = set()
     for module in timm.list_modules():
         name = family_member(module)

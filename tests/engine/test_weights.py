@@ -27,7 +27,14 @@ from fastssl.recipes import recipe_config
 from fastssl.weights import FILE, Metadata, fill, initialise, load_weights, save_backbone
 
 TINY = Metadata(architecture="fastnet-4", image_size=16)
-RESNET = Config(backbone="test_resnet", image_size=32)
+QUICK: dict[str, Any] = {
+    "backbone": "fastnet-4",
+    "epochs": 1,
+    "warmup_epochs": 0.0,
+    "train_images": 200,
+    "batch_size": 50,
+    "label_draws": 1,
+}
 
 
 def same(net: nn.Module, tensors: dict[str, Tensor]) -> bool:
@@ -39,8 +46,7 @@ def same(net: nn.Module, tensors: dict[str, Tensor]) -> bool:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    settings: dict[str, Any] = {"backbone": "fastnet-4", "epochs": 1, "warmup_epochs": 0.0}
-    pretrain(recipe_config("digits-barlow", **settings, label_draws=1), folder, print)
+    pretrain(recipe_config("digits-barlow", **QUICK), folder, print)
     return folder
 
 
@@ -69,7 +75,7 @@ def test_a_file_says_what_it_is(run: Path) -> None:
     assert (metadata.image_size, metadata.features, metadata.stem) == (16, 16, "imagenet")
     assert metadata.mean == metadata.std == (0.5, 0.5, 0.5)  # of the policy "digits"
     assert metadata.classes == tuple("0123456789")
-    assert metadata.recipe is not None and metadata.recipe["run"] == "run"
+    assert metadata.recipe is not None and metadata.recipe["data"] == "digits"
     assert {k: metadata.recipe[k] for k in ("method", "epochs", "lambd")} == {
         "method": "barlow",
         "epochs": 1,
@@ -109,7 +115,8 @@ def test_load_backbone_is_the_trained_network(run: Path) -> None:
     assert not net.training and net.metadata == again.metadata and net.metadata.features == 16
     x = torch.randn(2, 3, 16, 16)
     trained = load_trained_run(run, print).backbone
-    assert torch.equal(net(x), trained.to("cpu")(x)) and torch.equal(net(x), again(x))
+    torch.testing.assert_close(net(x), trained.to("cpu")(x))  # channels last there
+    assert torch.equal(net(x), again(x))
 
 
 def test_a_file_without_metadata_is_described_by_its_run(run: Path, tmp_path: Path) -> None:
@@ -124,7 +131,7 @@ def test_a_file_without_metadata_is_described_by_its_run(run: Path, tmp_path: Pa
     assert same(old, new.state_dict())
 
 
-@pytest.mark.parametrize("content", [b"", b"abc", b"\xff" * 100])
+@pytest.mark.parametrize("content", [b"", b"abc", bytes([255] * 9)])
 @pytest.mark.parametrize("name", [FILE, "weights.pth"])
 def test_a_damaged_file_is_named(content: bytes, name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
@@ -140,9 +147,12 @@ class Hostile:
         return os.system, ("touch hacked",)
 
 
-def test_code_in_a_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("content", [Hostile(), Path("settings")])
+def test_code_in_a_file_is_refused(
+    content: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    torch.save({"state_dict": Hostile()}, "weights.pth")
+    torch.save({"state_dict": content}, "weights.pth")
     with pytest.raises(ValueError, match=r"objects other than tensors.*state_dict"):
         load_weights(Path("weights.pth"), build_backbone("fastnet-4"))
     assert not Path("hacked").exists()
@@ -228,7 +238,7 @@ def test_init_takes_lightlys_sequential_of_a_resnet(resnet: nn.Module, tmp_path:
     torch.save({"state_dict": {f"backbone.{k}": t for k, t in state.items()}}, tmp_path / "a.ckpt")
     net = build_backbone("resnet18").eval()
     line = load_weights(tmp_path / "a.ckpt", net)
-    assert "loaded 120 of 120" in line or "loaded 122 of 122" in line
+    assert line.startswith("loaded 120 of 120")
     theirs.fc = nn.Identity()  # type: ignore[assignment]
     x = torch.randn(1, 3, 32, 32)
     torch.testing.assert_close(net(x), theirs.eval()(x))
@@ -261,8 +271,7 @@ def test_init_takes_a_run_folder(run: Path) -> None:
 
 def test_init_of_a_run_starts_from_it(run: Path, tmp_path: Path) -> None:
     lines: list[str] = []
-    settings: dict[str, Any] = {"backbone": "fastnet-4", "epochs": 1, "warmup_epochs": 0.0}
-    changed = recipe_config("digits-barlow", **settings, label_draws=1, init=str(run), lr=1e-12)
+    changed = recipe_config("digits-barlow", **QUICK, init=str(run), lr=1e-12)
     pretrain(changed, tmp_path / "run", lines.append)
     assert any(line.startswith("loaded 36 of 36 tensors") for line in lines)
     before, after = load_file(run / FILE), load_file(tmp_path / "run" / FILE)
@@ -291,7 +300,7 @@ def test_init_downloads(
     net = build_backbone(backbone)
     monkeypatch.setattr(timm, "create_model", created)
     monkeypatch.setattr(weights, "_has_address", lambda host: False)
-    assert initialise(Config(backbone=backbone, init=source), net).startswith("loaded 122 of 122")
+    assert initialise(Config(backbone=backbone, init=source), net).startswith("loaded 120 of 120")
     assert names == [asked]
 
 
