@@ -15,6 +15,7 @@ from pathlib import Path
 from filelock import SoftFileLock, Timeout
 
 LOCK = "lock"  # its file in the directory
+LAUNCHERS = ("torchrun", "torch.distributed.run", "torch.distributed.launch")
 
 
 @contextmanager
@@ -53,13 +54,14 @@ def _acquire(folder: Path) -> SoftFileLock:
 def _remove_stale(path: Path) -> bool:
     """Remove the lock of a dead process of this machine; whether there is none now.
 
-    filelock takes over a stale lock by exchanging two names, which NFS does not support.
+    filelock takes over a stale lock by exchanging two names, which NFS does not support, and takes
+    a process that nobody waits for as alive.
     """
     text = _read(path)
     if text is None:
         return True
     pid, host = _owner(text)
-    if pid is None or not _is_here(host) or Path(f"/proc/{pid}").exists():
+    if pid is None or not _is_here(host) or _is_alive(pid):
         return False
     aside = path.with_name(f"{path.name}.{os.getpid()}")
     try:
@@ -124,40 +126,50 @@ def orphaned_workers(pid: int | None = None) -> list[int]:
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         number = int(entry.name)
-        wanted = (
-            "fastssl" in _words(number, "cmdline") if pid is None else _launch(number) == launch
-        )
+        wanted = "fastssl" in _text(number, "cmdline") if pid is None else _launch(number) == launch
         if wanted and number != os.getpid() and _is_orphan(number):
             found.append(number)
     return sorted(found)
 
 
-def _is_orphan(pid: int) -> bool:
-    """Whether torchrun started the process and is not its parent any more."""
-    if _launch(pid) is None:
+def _is_alive(pid: int) -> bool:
+    """False also for a process that has ended and that its parent never waits for, as in a
+    container without an init."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
         return False
-    parent = _words(_parent(pid), "cmdline")
-    return "torchrun" not in parent and "torch.distributed" not in parent
+    except PermissionError:  # another user's, which /proc may hide
+        return True
+    stat = _stat(pid)
+    return not stat or stat[0] not in "ZX"
+
+
+def _is_orphan(pid: int) -> bool:
+    """Whether torchrun started the process and is not its parent any more: the parent is neither
+    another process of the launch, nor torchrun or another Python program that launches."""
+    stat = _stat(pid)
+    if not stat or _launch(pid) is None or _launch(parent := int(stat[1])) is not None:
+        return False
+    words = [Path(word).name for word in _text(parent, "cmdline").split("\0")]
+    return not words[0].startswith("python") and not {*words} & {*LAUNCHERS}
 
 
 def _launch(pid: int) -> tuple[str, ...] | None:
     """What the workers of one launch have in common; None for any other process."""
-    environment = dict(x.partition("=")[::2] for x in _words(pid, "environ").split("\0"))
+    environment = dict(x.partition("=")[::2] for x in _text(pid, "environ").split("\0"))
     names = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
-    return tuple(environment[x] for x in names) if names[0] in environment else None
+    return tuple(environment.get(x, "") for x in names) if names[0] in environment else None
 
 
-def _words(pid: int, name: str) -> str:
-    """/proc/PID/cmdline or environ, "" where the process is gone or another user's."""
+def _text(pid: int, name: str) -> str:
+    """/proc/PID/cmdline, environ or stat, "" where the process is gone or another user's."""
     try:
         return Path(f"/proc/{pid}/{name}").read_text(errors="replace")
     except OSError:
         return ""
 
 
-def _parent(pid: int) -> int:
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return 0
-    return int(stat.rpartition(")")[2].split()[1])
+def _stat(pid: int) -> list[str]:
+    """State, parent, ... of a process, as in /proc/PID/stat; none where it is gone."""
+    return _text(pid, "stat").rpartition(")")[2].split()

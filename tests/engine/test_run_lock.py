@@ -37,9 +37,10 @@ def test_folders_in_which_nothing_was_written_are_removed(tmp_path: Path) -> Non
     assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["config.json"]
 
 
+@pytest.mark.parametrize("waited", [True, False])
 @pytest.mark.parametrize("exchange", [True, False])
 def test_a_lock_of_a_dead_process_is_taken_over(
-    exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    exchange: bool, waited: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where two names cannot be exchanged, as on NFS: filelock then leaves the lock."""
     holder = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=-1, env=environment())
@@ -47,12 +48,16 @@ def test_a_lock_of_a_dead_process_is_taken_over(
     with pytest.raises(ValueError, match=f"process {holder.pid} on "), locked(tmp_path):
         pytest.fail("its process lives")
     holder.kill()
-    holder.communicate()
+    if waited:
+        holder.wait()
+    else:  # a process that has ended stays in /proc until its parent waits for it
+        os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)
     assert (tmp_path / LOCK).exists()
     if not exchange:
         monkeypatch.setattr(SoftFileLock, "_try_break_stale_lock", lambda self: None)
     with locked(tmp_path):
         assert (tmp_path / LOCK).read_text().startswith(f"{os.getpid()}\n")
+    holder.communicate()
     assert not list(tmp_path.iterdir())
 
 
@@ -85,7 +90,7 @@ def test_orphaned_workers_are_named_with_the_command_that_ends_them(tmp_path: Pa
     lines = [agent.stdout.readline(), agent.stdout.readline()]
     pids = [int(word) for line in lines for word in line.split() if word.isdecimal()]
     try:
-        assert orphaned_workers(pids[0]) == [], "their torchrun lives"
+        assert not orphaned_workers(pids[0]) and not {*pids} & {*orphaned_workers()}
         agent.kill()
         agent.wait()
         ends = f"a worker of a torchrun that was killed; `kill {pids[0]} {pids[1]}` ends it"
@@ -96,10 +101,13 @@ def test_orphaned_workers_are_named_with_the_command_that_ends_them(tmp_path: Pa
         for pid in pids:
             os.kill(pid, signal.SIGTERM)
     deadline = time.monotonic() + 10
-    while Path(f"/proc/{pids[0]}/cmdline").exists() and time.monotonic() < deadline:
-        if not Path(f"/proc/{pids[0]}/cmdline").read_bytes():
-            break  # ended, and not yet waited for by its new parent
-        time.sleep(0.01)
+    while time.monotonic() < deadline:
+        try:
+            with locked(tmp_path):
+                return
+        except ValueError:  # the worker is still ending
+            time.sleep(0.01)
+    pytest.fail("the lock of the ended worker was not taken over")
 
 
 def environment() -> dict[str, str]:
