@@ -19,6 +19,7 @@ from fastssl_kernels.lightly import BarlowTwinsLoss, NTXentLoss, VICRegLoss
 from fastssl_kernels.linear_cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_reference,
+    linear_cross_entropy_with_lse,
 )
 from fastssl_kernels.second_moment import second_moment_energy, second_moment_energy_reference
 from fastssl_kernels.vicreg import vicreg_loss, vicreg_loss_reference
@@ -37,6 +38,7 @@ __all__ = [
     "info_nce_loss_reference",
     "linear_cross_entropy",
     "linear_cross_entropy_reference",
+    "linear_cross_entropy_with_lse",
     "nt_xent_loss",
     "nt_xent_loss_reference",
     "sample_contrastive_loss",

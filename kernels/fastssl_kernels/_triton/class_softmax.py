@@ -21,12 +21,13 @@ from fastssl_kernels._precision import log_sum
 
 PROGRAMS = 1056  # eight rounds on an H200's 132 multiprocessors, one program on each at a time
 LOG2E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-1e38)  # below every logit; times log2(e) still a float32
 
 
 def tile(x: Tensor, extra: bool) -> dict[str, int]:
     """Tile sides, warps and stages for logits of x's dtype; each compiles without spills.
 
-    extra: a bias or saved exponentials, which need registers.
+    extra: a bias, class weights, a soft cap or saved exponentials, which need registers.
     """
     if x.dtype == torch.float32:
         side = 32 if extra else 64
@@ -47,7 +48,7 @@ def dot_precision() -> str:
 
 def block_classes(n: int) -> int:
     """Classes in a block of G: about 2^24 entries, 32 MiB in bf16, which an H200's L2 holds."""
-    return max(256, min(8192, 2**24 // n // 256 * 256))
+    return max(256, min(8192, 2**24 // max(1, n) // 256 * 256))
 
 
 @triton.jit
@@ -78,10 +79,24 @@ def logits_tile(
 
 
 @triton.jit
+def _soft_cap(z, cap):
+    """cap * tanh(z / cap) to float32's precision, which exp alone loses near 0 (Cephes' tanhf)."""
+    # beyond 10 it is 1 to the last bit; NaN stays NaN
+    u = tl.minimum(z / cap, 10.0, propagate_nan=tl.PropagateNan.ALL)
+    u = tl.maximum(u, -10.0, propagate_nan=tl.PropagateNan.ALL)
+    square = u * u
+    p = (-5.70498872745e-3 * square + 2.06390887954e-2) * square - 5.37397155531e-2
+    small = ((p * square + 1.33314422036e-1) * square - 3.33332819422e-1) * square * u + u
+    large = 1.0 - 2.0 / (tl.exp2(tl.abs(u) * (2.0 * LOG2E)) + 1.0)
+    return cap * tl.where(tl.abs(u) < 0.625, small, tl.where(u < 0, -large, large))
+
+
+@triton.jit
 def _statistics_kernel(
     x_ptr,
     w_ptr,
     bias_ptr,
+    weight_ptr,  # (K,) float32, of classes in the sum of logits
     labels_ptr,
     partial_ptr,  # (4, spans, N): maximum, sum of exponentials, target, sum
     exp_ptr,  # (ceil(K / C), N, C)
@@ -91,7 +106,10 @@ def _statistics_kernel(
     D,
     C,
     span,
+    softcap,
     HAS_BIAS: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_CAP: tl.constexpr,
     SAVE: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -106,7 +124,7 @@ def _statistics_kernel(
     safe_rows = tl.minimum(rows, N - 1)
     n = tl.full((), 0, tl.int64) + N  # int64: N * K passes 2^31
     label = tl.load(labels_ptr + safe_rows).to(tl.int32)  # int64 would take twice the registers
-    top = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+    top = tl.full((BLOCK_N,), LOWEST, tl.float32)  # not -inf: a tile may hold masked classes only
     exps = tl.zeros((BLOCK_N,), tl.float32)
     target = tl.zeros((BLOCK_N,), tl.float32)
     total = tl.zeros((BLOCK_N,), tl.float32)
@@ -116,8 +134,14 @@ def _statistics_kernel(
         z = logits_tile(x_ptr, w_ptr, safe_rows, safe_classes, D, BLOCK_D, EVEN_D, PRECISION)
         if HAS_BIAS:
             z += tl.load(bias_ptr + safe_classes).to(tl.float32)[None, :]
+        if HAS_CAP:
+            z = _soft_cap(z, softcap)
         inside = (classes < K)[None, :]
-        total += tl.sum(tl.where(inside, z, 0.0), 1)
+        if HAS_WEIGHT:
+            v = tl.load(weight_ptr + safe_classes)[None, :]
+            total += tl.sum(v * tl.where(inside & (v != 0.0), z, 0.0), 1)  # z may be -inf
+        else:
+            total += tl.sum(tl.where(inside, z, 0.0), 1)
         target += tl.sum(tl.where(inside & (classes[None, :] == label[:, None]), z, 0.0), 1)
         z = tl.where(inside, z, float("-inf"))
         maximum = tl.maximum(top, tl.max(z, 1))
@@ -138,12 +162,24 @@ def _statistics_kernel(
     tl.store(out + 3 * slots, total, mask=row_mask)
 
 
+def _needs_registers(
+    save: bool, bias: Tensor | None, class_weight: Tensor | None, softcap: float
+) -> bool:
+    return save or bias is not None or class_weight is not None or softcap > 0
+
+
 def statistics(
-    x: Tensor, w: Tensor, bias: Tensor | None, labels: Tensor, save: bool
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    save: bool,
+    class_weight: Tensor | None,
+    softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """lse, target, sum, lse_lo (N,) float32; exponentials (ceil(K / C), N, C) and references."""
     n, classes, dim = len(x), len(w), x.shape[1]
-    config = tile(x, save or bias is not None)
+    config = tile(x, _needs_registers(save, bias, class_weight, softcap))
     row_tiles = triton.cdiv(n, config["BLOCK_N"])
     class_tiles = triton.cdiv(classes, config["BLOCK_K"])
     span_tiles = triton.cdiv(class_tiles, max(1, PROGRAMS // row_tiles))
@@ -154,6 +190,7 @@ def statistics(
         x,
         w,
         w if bias is None else bias,
+        w if class_weight is None else class_weight,
         labels,
         partial,
         exponentials,
@@ -163,7 +200,10 @@ def statistics(
         dim,
         block_classes(n),
         span_tiles * config["BLOCK_K"],
+        softcap,
         HAS_BIAS=bias is not None,
+        HAS_WEIGHT=class_weight is not None,
+        HAS_CAP=softcap > 0,
         SAVE=save,
         EVEN_D=dim % config["BLOCK_D"] == 0,
         PRECISION=dot_precision(),
@@ -193,6 +233,7 @@ def _gradient_kernel(
     x_ptr,
     w_ptr,
     bias_ptr,
+    weight_ptr,  # (K,) float32, of classes in the sum of logits
     labels_ptr,
     lse_ptr,
     grads_ptr,  # (3, N): of lse, the label's logit, of sum
@@ -204,7 +245,10 @@ def _gradient_kernel(
     N,
     D,
     C,
+    softcap,
     HAS_BIAS: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_CAP: tl.constexpr,
     SAVED: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -224,18 +268,27 @@ def _gradient_kernel(
     g_lse = tl.load(grads_ptr + safe_rows)
     g_label = tl.load(grads_ptr + N + safe_rows)
     g_sum = tl.load(grads_ptr + 2 * N + safe_rows)
+    safe_classes = tl.minimum(classes, stop - 1)
     if SAVED:
         e = tl.load(exp_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
         reference = tl.load(reference_ptr + column_tile.to(tl.int64) * N + safe_rows)
         p = e * tl.exp2((reference - lse) * LOG2E)[:, None]
     else:
-        safe_classes = tl.minimum(classes, stop - 1)
         z = logits_tile(x_ptr, w_ptr, safe_rows, safe_classes, D, BLOCK_D, EVEN_D, PRECISION)
         if HAS_BIAS:
             z += tl.load(bias_ptr + safe_classes).to(tl.float32)[None, :]
+        if HAS_CAP:
+            z = _soft_cap(z, softcap)
         p = tl.exp2((z - lse[:, None]) * LOG2E)
     is_label = classes[None, :] == tl.load(labels_ptr + safe_rows).to(tl.int32)[:, None]
-    g = tl.where(is_label, g_label[:, None], g_lse[:, None] * p + g_sum[:, None])  # in float32
+    if HAS_WEIGHT:
+        g = g_lse[:, None] * p + g_sum[:, None] * tl.load(weight_ptr + safe_classes)[None, :]
+    else:
+        g = g_lse[:, None] * p + g_sum[:, None]
+    if HAS_CAP:
+        tanh = z / softcap  # never with SAVED, which has no z
+        g *= 1.0 - tanh * tanh
+    g = tl.where(is_label, g_label[:, None], g)  # in float32
     tl.store(g_ptr + offsets, g.to(g_ptr.dtype.element_ty), mask=inside)
 
 
@@ -250,17 +303,20 @@ def gradient_block(
     references: Tensor,
     start: int,
     stop: int,
+    class_weight: Tensor | None,
+    softcap: float,
 ) -> Tensor:
     """G (N, stop - start) in x's dtype. grads (3, N): of lse, the label's logit, of sum."""
     n, dim, size = len(x), x.shape[1], block_classes(len(x))
     save = len(exponentials) > 0
-    config = tile(x, save or bias is not None)
+    config = tile(x, _needs_registers(save, bias, class_weight, softcap))
     g = x.new_empty(n, size)
     programs = triton.cdiv(n, config["BLOCK_N"]) * triton.cdiv(stop - start, config["BLOCK_K"])
     _gradient_kernel[(programs,)](
         x,
         w,
         w if bias is None else bias,
+        w if class_weight is None else class_weight,
         labels,
         lse,
         grads,
@@ -272,7 +328,10 @@ def gradient_block(
         n,
         dim,
         size,
+        softcap,
         HAS_BIAS=bias is not None,
+        HAS_WEIGHT=class_weight is not None,
+        HAS_CAP=softcap > 0,
         SAVED=save,
         EVEN_D=dim % config["BLOCK_D"] == 0,
         PRECISION=dot_precision(),
