@@ -6,7 +6,8 @@ the dense gradient: on CUDA a tile product with the optimizer in its epilogue, e
 that stays in cache and torch's own fused step on the block. A step whose incoming gradient is not
 finite changes nothing. Classes that were not sampled have the gradient 0: they still decay, and
 still move by their momentum. If they were skipped, a class would move in bursts, and the second
-moment of a class sampled in a share r of the steps would be 1 / r of the dense one.
+moment of a class sampled in a share r of the steps would be 1 / r of the dense one. A bias takes
+the same step, all of it at the end: it is one number for each class.
 
 Shapes: N batch, D embedding, K classes, C classes in a block, S sampled classes.
 """
@@ -48,10 +49,11 @@ class OptimizerStep(NamedTuple):
     second: float  # AdamW: beta2
     eps: float
     weight_decay: float
-    number: Tensor  # (), counted from 1
+    number: Tensor  # () float32, counted from 1, as torch's fused optimizers take it
     lr: Tensor  # () float64
     skip: Tensor  # () float32, 1 to change nothing
-    hyper: Tensor  # (4,) float32, what the kernel reads
+    numbers: Tensor  # (4,) float64: healthy; AdamW: decay, lr / bias1, 1 / sqrt(bias2); SGD: lr
+    hyper: Tensor  # those in float32, which the kernel reads
 
 
 def _update_block(
@@ -99,9 +101,28 @@ def _update_block(
         )
 
 
+def _update_bias(g: Tensor, parts: tuple[Tensor, ...], opt: OptimizerStep) -> None:
+    """`_update_block` of a bias and its moments (K,), or moments (0,), from its gradient (K,)."""
+    b, m, v = parts
+    old, first, second = b.to(g.dtype), opt.first, opt.second
+    healthy, one, two, three = opt.numbers.to(g.dtype).unbind()
+    if opt.rule == "adamw":
+        first_moment = first * m + (1 - first) * g
+        second_moment = second * v + (1 - second) * g * g
+        new = one * old - two * first_moment / (second_moment.sqrt() * three + opt.eps)
+        updates = [(b, new), (m, first_moment), (v, second_moment)]
+    else:
+        g = g + opt.weight_decay * old
+        if len(m):
+            g = g + first * m
+        updates = [(b, old - one * g), *([(m, g)] if len(m) else [])]
+    for part, value in updates:
+        part.copy_(value.to(part.dtype).where(healthy > 0, part))
+
+
 def _optimizer_step(
     healthy: Tensor,
-    number: Tensor,
+    step: Tensor,
     lr: Tensor,
     rule: str,
     first: float,
@@ -110,17 +131,21 @@ def _optimizer_step(
     weight_decay: float,
 ) -> OptimizerStep:
     """The step, its numbers formed in float64 without a host sync."""
-    rate, t = lr.double(), number.double()
+    rate, t = lr.double(), step.double()
     if rule == "sgd":
         numbers = [healthy.double(), rate, rate, rate]
     else:
         root = (1 - second**t).rsqrt()
         numbers = [healthy.double(), 1 - rate * weight_decay, rate / (1 - first**t), root]
-    skip, hyper = healthy.logical_not().float(), torch.stack(numbers).float()
-    return OptimizerStep(rule, first, second, eps, weight_decay, number, lr, skip, hyper)
+    skip, stacked = healthy.logical_not().float(), torch.stack(numbers)
+    settings = (rule, first, second, eps, weight_decay, step.float(), lr)
+    return OptimizerStep(*settings, skip, stacked, stacked.float())
 
 
-@torch.library.custom_op("fastssl::class_update", mutates_args=("w", "m", "v", "step"))
+MUTATED = ("w", "m", "v", "step", "b", "b_m", "b_v")
+
+
+@torch.library.custom_op("fastssl::class_update", mutates_args=MUTATED)
 def class_update(
     g_lse: Tensor,
     g_target: Tensor,
@@ -144,15 +169,21 @@ def class_update(
     second: float,
     eps: float,
     weight_decay: float,
+    b: Tensor | None = None,
+    b_m: Tensor | None = None,
+    b_v: Tensor | None = None,
 ) -> Tensor:
-    """Updates w, m, v (K, D) and step () in place and returns dx (N, D).
+    """Updates w, m, v (K, D), the bias b, b_m, b_v (K,) and step () in place; returns dx (N, D).
 
     copy: what the forward multiplied by, where that was not w: another dtype, or w[rows].
     rows: (S,) the sampled classes, in whose order `copy` and `labels` count; None for all.
     """
+    if not len(x):
+        return torch.empty_like(x)  # the mean loss of no rows is NaN: nothing is updated
     x, labels = x.contiguous(), labels.contiguous()
-    weight = w if copy is None else copy
-    s = SavedForBackward(x, weight, None, labels, lse, target, lse_lo, exponentials, references)
+    weight, bias = w if copy is None else copy, _rows_of(b, rows)
+    s = SavedForBackward(x, weight, bias, labels, lse, target, lse_lo, exponentials, references)
+    db = None if bias is None else torch.empty_like(bias, dtype=accumulation_dtype(x))
     dx = torch.zeros_like(x, dtype=accumulation_dtype(x))
     healthy = g_lse.isfinite().all()
     step += healthy
@@ -165,6 +196,8 @@ def class_update(
     with torch.autocast(x.device.type, enabled=False):
         for start, stop, g, unscale in gradient_blocks(s, g_lse, g_target, g_sum, dx):
             update_block(g, x, parts, unscale, start, stop, opt)
+            if db is not None:
+                db[start:stop] = g.sum(0, dtype=db.dtype) * unscale
         if rows is not None:
             # all classes step with the gradient 0, of no rows; then the sampled ones are written
             for _, start, stop in blocks(len(w), block_classes(x)):
@@ -173,7 +206,17 @@ def class_update(
             for t, part in zip(state, parts, strict=True):
                 if len(t):
                     t.index_copy_(0, rows, part)
+        if db is not None:
+            assert b is not None and b_m is not None and b_v is not None
+            if rows is not None:
+                db = torch.zeros_like(b, dtype=db.dtype).index_copy_(0, rows, db)
+            _update_bias(db, (b, b_m, b_v), opt)
     return dx.to(x.dtype)
+
+
+def _rows_of(bias: Tensor | None, rows: Tensor | None) -> Tensor | None:
+    """The bias of the sampled classes."""
+    return bias if bias is None or rows is None else bias.index_select(0, rows)
 
 
 @class_update.register_fake
@@ -198,9 +241,12 @@ def class_statistics_updating(
     second: float,
     eps: float,
     weight_decay: float,
+    b: Tensor | None = None,
+    b_m: Tensor | None = None,
+    b_v: Tensor | None = None,
 ) -> Statistics:
-    """class_statistics(x, copy or w) whose backward is class_update: w is updated there."""
-    return class_statistics(x, w if copy is None else copy, None, labels, save)
+    """class_statistics(x, copy or w, b) whose backward is class_update: w and b change there."""
+    return class_statistics(x, w if copy is None else copy, _rows_of(b, rows), labels, save)
 
 
 @class_statistics_updating.register_fake
@@ -209,12 +255,12 @@ def _(x, copy, labels, save, rows, w, *_):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, copy, labels, _, rows, w, m, v, step, lr, *ctx.rule = inputs
+    x, copy, labels, _, rows, w, m, v, step, lr, *ctx.rule, b, b_m, b_v = inputs
     lse, target, _, lse_lo, exponentials, references = output
     ctx.mark_non_differentiable(lse_lo, exponentials, references)
     ctx.set_materialize_grads(False)
     results = (lse, target, lse_lo, exponentials, references)
-    ctx.save_for_backward(x, copy, labels, *results, rows, w, m, v, step, lr)
+    ctx.save_for_backward(x, copy, labels, *results, rows, w, m, v, step, lr, b, b_m, b_v)
 
 
 def _backward(ctx, g_lse, g_target, g_sum, *_):
@@ -225,8 +271,9 @@ def _backward(ctx, g_lse, g_target, g_sum, *_):
             raise
         raise ValueError(STALE) from error
     grads = zeros_for_none((g_lse, g_target, g_sum), saved[3])
-    dx = class_update(*grads, *saved, *ctx.rule)
-    return dx, *[None] * 14
+    *state, b, b_m, b_v = saved
+    dx = class_update(*grads, *state, *ctx.rule, b, b_m, b_v)
+    return dx, *[None] * 17
 
 
 class_statistics_updating.register_autograd(_backward, setup_context=_setup_context)

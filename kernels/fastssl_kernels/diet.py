@@ -1,12 +1,12 @@
 """DIET's head: one class per image (arXiv:2302.10260), its softmax, its optimizer, its shards.
 
-    loss = linear_cross_entropy(features, weight, index, label_smoothing=0.8)     # without a bias
+    loss = linear_cross_entropy(features, weight, index, label_smoothing=0.8)
 
 Shapes: M data set (the number of classes), N batch, D embedding, V views, S sampled classes.
 """
 
 import math
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,7 @@ from fastssl_kernels.distributed import (
     shard_sizes,
 )
 from fastssl_kernels.linear_cross_entropy import (
+    INTEGERS,
     cast_for_product,
     saves_exponentials,
     smoothed_rows,
@@ -63,11 +64,19 @@ class DIETHead(nn.Module):
     group: ranks over which the classes are sharded; each holds about num_samples / ranks rows. The
         loss is that of all ranks' batches. state_dict holds all rows whatever the group, so that it
         loads into any other; reading it is a collective call.
-    dtype: of weight and moments.
+    bias: a bias for each class, which DIET has not. A fused optimizer steps and decays it as the
+        weight, as torch.optim.AdamW(head.parameters()) would.
+    device, dtype: of weight and moments. `.to(dtype)` casts those alone: the number of updates and
+        of samples are int64 and the learning rate is float64 whatever the dtype. state_dict holds
+        the three, as that of a torch optimizer does.
     """
 
+    weight: nn.Parameter
+    bias: nn.Parameter | None
     exp_avg: Tensor
     exp_avg_sq: Tensor
+    bias_exp_avg: Tensor
+    bias_exp_avg_sq: Tensor
     step: Tensor
     draws: Tensor
     _rate: Tensor
@@ -87,6 +96,8 @@ class DIETHead(nn.Module):
         save: str = "auto",
         seed: int = 0,
         group: Any = None,
+        bias: bool = False,
+        device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         """ValueError for an unknown optimizer, sizes below 1, or numbers outside their range."""
@@ -106,18 +117,47 @@ class DIETHead(nn.Module):
             )
         sizes = shard_sizes(num_samples, self.world)
         self.first, rows = sum(sizes[:rank]), sizes[rank]
-        weight = _initial_weight(num_samples, dim, self.first, rows).to(dtype)  # (rows, D)
-        self.weight = nn.Parameter(weight, requires_grad=optimizer is None)
-        moments = {"adamw": 2, "sgd": int(momentum > 0), None: 0}[optimizer]
-        for i, name in enumerate(("exp_avg", "exp_avg_sq")):
-            shape = (rows, dim) if i < moments else (0,)
-            self.register_buffer(name, torch.zeros(shape, dtype=dtype))
-        self.register_buffer("step", torch.zeros(()))  # updates made
-        draws = torch.zeros((), dtype=torch.int64)  # samples of classes taken
-        self.register_buffer("draws", draws)
-        rate = torch.tensor(float(lr), dtype=torch.float64)
-        self.register_buffer("_rate", rate, persistent=False)
         self._lr = float(lr)
+        like: dict[str, Any] = {"device": device, "dtype": dtype}
+        self._add_class_state("", (rows, dim), momentum, like)
+        if bias:
+            self._add_class_state("bias", (rows,), momentum, like)
+        else:
+            self.register_parameter("bias", None)
+        # int64 and float64 for good: see _apply
+        count = torch.zeros((), dtype=torch.int64, device=device)
+        self.register_buffer("step", count)  # updates made
+        self.register_buffer("draws", count.clone())  # samples of classes taken
+        self.register_buffer("_rate", torch.zeros((), dtype=torch.float64, device=device))
+        self.reset_parameters()
+
+    def _add_class_state(
+        self, name: str, shape: tuple[int, ...], momentum: float, like: dict[str, Any]
+    ) -> None:
+        """The weight, or the bias, and its moments: of `shape`, or (0,) where there are none."""
+        parameter = nn.Parameter(torch.empty(shape, **like), requires_grad=self.optimizer is None)
+        setattr(self, name or "weight", parameter)
+        moments = {"adamw": 2, "sgd": int(momentum > 0), None: 0}[self.optimizer]
+        for i, moment in enumerate(("exp_avg", "exp_avg_sq")):
+            zeros = torch.zeros(shape if i < moments else (0,), **like)
+            self.register_buffer(f"{name}_{moment}".lstrip("_"), zeros)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """A new weight and no steps made, as after construction; call it after `to_empty`."""
+        for parameter in (self.weight, self.bias):
+            if parameter is not None:  # as nn.Linear
+                _fill_initial(parameter, self.num_samples, self.first, 1 / math.sqrt(self.dim))
+        for name, buffer in self.named_buffers():
+            buffer.fill_(self._lr if name == "_rate" else 0)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """Casts weight and moments; `.to(dtype)` would round the rate, of which _lr is exact."""
+        super()._apply(fn, recurse)
+        if self._rate.dtype != torch.float64:
+            self._rate = self._rate.to(torch.float64)
+        self._rate.fill_(self._lr)
+        return self
 
     @property
     def lr(self) -> float:
@@ -145,16 +185,17 @@ class DIETHead(nn.Module):
         if fused and not x.requires_grad:
             x = x.detach().requires_grad_()  # the update needs a backward()
         weight = self.weight if rows is None else self.weight.index_select(0, rows)
-        x, w, _ = cast_for_product(x, weight, None)
+        bias = self.bias if rows is None or self.bias is None else self.bias.index_select(0, rows)
+        x, w, cast_bias = cast_for_product(x, weight, bias)
         x = all_gather_inputs(x, shard)
         keep = saves_exponentials(self.save, x, len(w))
         if fused:
             copy = None if w is self.weight else w
             statistics = class_statistics_updating(
-                x, copy, labels, keep, rows, *self._state(), *self._rule()
+                x, copy, labels, keep, rows, *self._state(), *self._rule(), *self._bias_state()
             )
         else:
-            statistics = class_statistics(x, w, None, labels, keep)
+            statistics = class_statistics(x, w, cast_bias, labels, keep)
         lse, target, total, lse_lo, _, _ = statistics
         lse, lse_lo, target, total = all_reduce_lse(lse, lse_lo, [target, total], shard)
         loss = smoothed_rows(lse, lse_lo, target, total, classes, self.label_smoothing).mean()
@@ -179,7 +220,8 @@ class DIETHead(nn.Module):
                 )
 
     def extra_repr(self) -> str:
-        return f"{self.num_samples}, {self.dim}, optimizer={self.optimizer}"
+        bias = self.bias is not None
+        return f"{self.num_samples}, {self.dim}, optimizer={self.optimizer}, bias={bias}"
 
     def _rows(self, features: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """Features as (V * N, D) and their classes (V * N,), checked."""
@@ -188,22 +230,34 @@ class DIETHead(nn.Module):
                 f"DIETHead: features have shape {tuple(features.shape)}; wanted (N, {self.dim}) or "
                 f"(V, N, {self.dim})"
             )
-        if index.dtype != torch.int64 or index.shape != features.shape[-2:-1]:
+        if index.dtype not in INTEGERS or index.shape != features.shape[-2:-1]:
             raise ValueError(
                 f"DIETHead: index is {tuple(index.shape)} {index.dtype}; wanted "
                 f"({features.shape[-2]},) int64, one image for each row of a view"
             )
+        index = index.long()
         labels = checked(
             index,
             (index >= 0) & (index < self.num_samples),
             f"DIETHead: an index lies outside [0, {self.num_samples}); build the head with as many "
             "samples as the data set has",
         )
-        views = features.numel() // (len(index) * self.dim)
+        views = len(features) if features.ndim == 3 else 1
         return features.reshape(-1, self.dim), labels.repeat(views)
 
     def _state(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         return self.weight, self.exp_avg, self.exp_avg_sq, self.step, self._rate
+
+    def _bias_state(self) -> tuple[Tensor, ...]:
+        """The bias and its moments, or nothing without one."""
+        if self.bias is None:
+            return ()
+        return self.bias, self.bias_exp_avg, self.bias_exp_avg_sq
+
+    def _sharded(self) -> list[str]:
+        """Names of what is sharded over ranks, rows of classes first."""
+        bias = [] if self.bias is None else ["bias", "bias_exp_avg", "bias_exp_avg_sq"]
+        return ["weight", "exp_avg", "exp_avg_sq", *bias]
 
     def _rule(self) -> tuple[str, float, float, float, float]:
         first, second = self.betas if self.optimizer == "adamw" else (self.momentum, 0.0)
@@ -240,18 +294,26 @@ class DIETHead(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         shard = Shard(self.group, self.world, self.first, self.num_samples)
-        for name in ("weight", "exp_avg", "exp_avg_sq"):
+        for name in self._sharded():
             value = destination[prefix + name]
             if len(value):
-                destination[prefix + name] = all_gather_shards(value, shard)
+                rows = value if value.ndim == 2 else value[:, None]
+                destination[prefix + name] = all_gather_shards(rows, shard).view(
+                    -1, *value.shape[1:]
+                )
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *arguments: Any) -> None:
         local_state = dict(state_dict)
-        for name in ("weight", "exp_avg", "exp_avg_sq"):
+        for name in ("step", "draws", "_rate"):  # of another dtype in older states, which had no
+            like = getattr(self, name)  # rate
+            value = state_dict.get(prefix + name, like if name == "_rate" else None)
+            if value is not None:
+                local_state[prefix + name] = value.to(like.dtype)
+        for name in self._sharded():
             local, value = getattr(self, name), state_dict.get(prefix + name)
             if value is None:
                 continue  # the caller's `strict` decides
-            expected = (self.num_samples, self.dim) if len(local) else (0,)
+            expected = (self.num_samples, *local.shape[1:]) if len(local) else (0,)
             if tuple(value.shape) != expected:
                 raise ValueError(
                     f"DIETHead: the state's {name} is {tuple(value.shape)}, this head's "
@@ -260,16 +322,22 @@ class DIETHead(nn.Module):
             if len(local):
                 local_state[prefix + name] = value[self.first : self.first + len(local)]
         super()._load_from_state_dict(local_state, prefix, *arguments)
+        if not self._rate.is_meta:
+            self._lr = float(self._rate)
 
 
-def _initial_weight(num_samples: int, dim: int, first: int, rows: int) -> Tensor:
-    """Rows [first, first + rows) of nn.Linear's initial weight, alike for any sharding."""
-    bound, stop = 1 / math.sqrt(dim), first + rows
-    parts = []
+def _fill_initial(x: Tensor, num_samples: int, first: int, bound: float) -> None:
+    """Fills x, rows [first, first + len(x)) of num_samples, uniformly in [-bound, bound): in blocks
+    that are the same for any sharding and device."""
+    if x.is_meta:
+        return
     for start in range(0, num_samples, INIT_ROWS):
-        block = torch.empty(min(INIT_ROWS, num_samples - start), dim).uniform_(-bound, bound)
-        parts.append(block[max(first - start, 0) : max(stop - start, 0)].clone())
-    return torch.cat(parts)
+        shape = (min(INIT_ROWS, num_samples - start), *x.shape[1:])
+        block = torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound)
+        skipped = max(first - start, 0)  # rows of earlier ranks
+        rows = block[skipped : max(first + len(x) - start, 0)]
+        at = start + skipped - first
+        x[at : at + len(rows)] = rows
 
 
 def _hash(x: Tensor, seed: Tensor | int) -> Tensor:

@@ -68,6 +68,127 @@ def test_fused_update_is_torch_optim(rule: str, save: str, path: Context, device
     assert head.weight.grad is None
 
 
+@pytest.mark.filterwarnings("ignore:(invalid value|All-NaN):RuntimeWarning")  # the interpreter's
+@pytest.mark.parametrize(
+    ("rule", "rate"),
+    [("adamw", 1.0), ("adamw", 0.5), ("sgd", 1.0), ("sgd without momentum", 1.0)],
+)
+def test_fused_update_of_weight_and_bias_is_torch_optim(
+    rule: str, rate: float, path: Context, device: str
+) -> None:
+    samples, dim, n = 150, 12, 9
+    settings, build = RULES[rule]
+    torch.manual_seed(0)
+    options = {"bias": True, "sample_rate": rate, "device": device}
+    fused, plain = (DIETHead(samples, dim, **options, **s) for s in ({**settings, "lr": 1e-2}, {}))
+    for mine, other in zip(plain.parameters(), fused.parameters(), strict=True):
+        mine.data.copy_(other)
+    optimizer = build(list(plain.parameters()))
+    for _ in range(4):
+        x, y = torch.randn(n, dim, device=device), torch.randint(samples, (n,), device=device)
+        with path():
+            for head in (fused, plain):
+                head(x.requires_grad_(), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert relative_error(fused.weight.detach(), plain.weight.detach()) < 1e-5
+        assert relative_error(fused.bias.detach(), plain.bias.detach()) < 1e-5
+    before = fused.bias.clone()
+    with path():
+        fused(torch.full((1, dim), torch.nan, device=device), y[:1]).backward()
+    assert torch.equal(before, fused.bias)
+
+
+def test_bias_is_in_the_logits_and_the_state() -> None:
+    torch.manual_seed(0)
+    head = DIETHead(20, 4, bias=True)
+    without = DIETHead(20, 4)
+    assert without.bias is None and "bias" not in without.state_dict()
+    assert 0.2 < head.bias.abs().max() <= 0.5  # nn.Linear's bound, 1 / sqrt(4)
+    x, y = torch.randn(5, 4), torch.tensor([3, 1, 4, 1, 5])
+    truth = F.cross_entropy(F.linear(x, head.weight, head.bias), y, label_smoothing=0.8)
+    assert relative_error(head(x, y).detach(), truth.detach()) < 1e-6
+    other = DIETHead(20, 4, bias=True)
+    other.load_state_dict(head.state_dict())
+    assert torch.equal(other.bias, head.bias)
+
+
+@pytest.mark.parametrize("optimizer", [None, "adamw"])
+def test_no_rows_are_no_step(optimizer: str | None) -> None:
+    """Their mean loss is NaN, as torch's; nothing is updated, and one row is a step."""
+    head = DIETHead(30, 4, optimizer=optimizer)
+    state = {k: v.clone() for k, v in head.state_dict().items()}
+    for x in (torch.randn(0, 4), torch.randn(2, 0, 4)):
+        loss = head(x.requires_grad_(), torch.zeros(0, dtype=torch.int64))
+        loss.backward()
+        assert loss.isnan() and x.grad.shape == x.shape
+    assert all(torch.equal(v, state[k]) for k, v in head.state_dict().items())
+    loss = head(torch.randn(1, 4, requires_grad=True), torch.tensor([3], dtype=torch.int32))
+    loss.backward()
+    assert loss.isfinite() and head.step == int(optimizer is not None)
+
+
+def test_built_on_meta_and_reset() -> None:
+    """`to_empty` and `reset_parameters`, as modules of torch: the head that is built at once."""
+    options = {"optimizer": "adamw", "lr": 1e-2, "bias": True}
+    torch.manual_seed(3)
+    at_once = DIETHead(40, 4, **options)
+    head = DIETHead(40, 4, device="meta", **options)
+    assert all(t.is_meta for t in head.state_dict().values())
+    head.to_empty(device="cpu")
+    torch.manual_seed(3)
+    head.reset_parameters()
+    a, b = at_once.state_dict(), head.state_dict()
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert head.lr == 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_cast_head_steps_as_torch_adamw_on_a_cast_weight(dtype: torch.dtype) -> None:
+    """The step counter and the rate are not cast: bfloat16 counts to 256 and no further."""
+    torch.manual_seed(0)
+    head = DIETHead(30, 4, optimizer="adamw", lr=1.23).to(dtype)
+    weight = nn.Parameter(head.weight.detach().clone())
+    optimizer = torch.optim.AdamW([weight], lr=1.23, weight_decay=0.05, fused=True)
+    x, y = torch.randn(6, 4).to(dtype), torch.arange(6)
+
+    def dense_step() -> None:
+        F.cross_entropy(x.double() @ weight.T.double(), y, label_smoothing=0.8).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    dense_step()
+    state = optimizer.state[weight]
+    for count in (state["step"], head.step):
+        count.fill_(1500)
+    head.exp_avg.copy_(state["exp_avg"])
+    head.exp_avg_sq.copy_(state["exp_avg_sq"])
+    head.weight.data.copy_(weight.data)
+    before = weight.detach().clone()
+    dense_step()
+    head(x, y).backward()
+    assert head.step == 1501 and head.step.dtype == torch.int64
+    assert head.lr == 1.23 and head._rate == 1.23 and head._rate.dtype == torch.float64
+    rounding = max(2 * torch.finfo(dtype).eps, 1e-14) * before.abs().max()
+    assert (weight - head.weight).abs().max() <= rounding
+    assert (weight - before).abs().max() > 5 * rounding  # a step that the rounding does not hide
+
+
+def test_earlier_states_load() -> None:
+    """A float32 counter, of any dtype that a cast left it in, and no rate."""
+    head = DIETHead(10, 4, optimizer="adamw", lr=1e-2)
+    head(torch.randn(3, 4), torch.arange(3)).backward()
+    state = head.state_dict()
+    del state["_rate"]
+    for dtype in (torch.float32, torch.bfloat16):
+        for assign in (False, True):
+            other = DIETHead(10, 4, optimizer="adamw", lr=3e-3)
+            earlier = {**state, "step": state["step"].to(dtype)}
+            other.load_state_dict(earlier, assign=assign)
+            assert other.step == 1 and other.step.dtype == torch.int64
+            assert other.lr == 3e-3 and torch.equal(other.weight, head.weight)
+
+
 def test_features_get_the_same_gradient_fused_or_not() -> None:
     torch.manual_seed(0)
     fused, plain = DIETHead(50, 8, optimizer="adamw"), DIETHead(50, 8)
@@ -260,9 +381,17 @@ def test_opcheck() -> None:
     saved = (y, lse, target, low, exponentials, references, None)
     inputs = (ones, -ones, 0 * ones, x.detach(), None, *saved, *head._state(), *head._rule())
     torch.library.opcheck(_class_update.class_update, inputs, test_utils=checks)
+    biased = DIETHead(30, 4, optimizer="adamw", bias=True)
+    state = (*biased._state(), *biased._rule(), *biased._bias_state())
+    inputs = (x, None, y, False, None, *state)
+    torch.library.opcheck(class_statistics_updating, inputs, test_utils=checks)
+    inputs = (ones, -ones, 0 * ones, x.detach(), None, *saved, *state)
+    torch.library.opcheck(_class_update.class_update, inputs, test_utils=checks)
 
 
-@pytest.mark.parametrize("settings", [{"optimizer": "adamw"}, {"sample_rate": 0.5}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"optimizer": "adamw", "bias": True}, {"sample_rate": 0.5}], ids=str
+)
 def test_fullgraph(settings: dict[str, Any]) -> None:
     torch.manual_seed(0)
     heads = [DIETHead(50, 4, **settings) for _ in range(2)]
@@ -324,7 +453,7 @@ def test_shards_train_as_one_process(world: int, data: Path) -> None:
     images = cifar_images(data, 500)
     steps = 10 if world == 2 else 2
     one_curve = curve(images, steps, save="none", fused=True)
-    settings: dict[str, Any] = {} if world == 3 else {"optimizer": "adamw"}
+    settings: dict[str, Any] = {} if world == 3 else {"optimizer": "adamw", "bias": True}
     losses, state = sharded(0, 1, settings)
     for found, shards, shared_curve in on_ranks(world, sharded_curve, settings, images, steps):
         assert relative_error(torch.stack(found), torch.stack(losses)) < 1e-5
@@ -334,13 +463,15 @@ def test_shards_train_as_one_process(world: int, data: Path) -> None:
 
 
 def test_initial_weight_does_not_depend_on_shards() -> None:
-    from fastssl_kernels.diet import _initial_weight
+    from fastssl_kernels.diet import _fill_initial
 
-    torch.manual_seed(0)
-    whole = _initial_weight(70_000, 3, 0, 70_000)
-    torch.manual_seed(0)
-    part = _initial_weight(70_000, 3, 65_000, 3000)
-    assert torch.equal(part, whole[65_000:68_000])
+    whole = torch.empty(70_000, 3)
+    for first, rows in ((0, 70_000), (65_000, 3000), (69_990, 10), (2, 5)):
+        part = torch.full((rows, 3), torch.nan)
+        torch.manual_seed(0)
+        _fill_initial(part, 70_000, first, 3**-0.5)
+        whole = part if rows == 70_000 else whole
+        assert torch.equal(part, whole[first : first + rows])
     assert whole.abs().max() <= 3**-0.5 and abs(whole.std() - 1 / 3) < 0.01
 
 
@@ -508,7 +639,7 @@ def test_refuses_inputs() -> None:
     for features, index, words in (
         (torch.zeros(3, 4), y, "features"),
         (x, y[:2], "index"),
-        (x, y.int(), "int64"),
+        (x, y.float(), "int64"),
         (x, y + 5, r"outside \[0, 5\)"),
         (x, y - 1, r"outside \[0, 5\)"),
     ):
