@@ -48,7 +48,7 @@ class SpectrumQueue:
         capacity: int = 2048,
         share: float = 0.01,
     ):
-        self.rows = torch.zeros(capacity, features, device=device)
+        self.rows = torch.zeros(capacity, features, dtype=torch.float32, device=device)
         self.count = 0  # rows written so far
         self._share = share
         self._due_at = 0.0  # of time.perf_counter()

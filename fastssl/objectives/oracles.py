@@ -13,6 +13,7 @@ Shapes: M data set, N batch, D embedding, E pairs, Q queries.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -207,12 +208,11 @@ def build_oracle(config: Config, labels: Labels | None) -> Oracle:
         )
     if knobs.oracle == "labels":
         return LabelOracle(labels, knobs.oracle_share, config.seed)
-    known = labels
     batches = config.epochs * (len(labels) // config.batch_size)
     per_batch = -(-2 * knobs.oracle_queries // max(1, batches))  # spent by half of the run
     return QueryOracle(
         len(labels),
-        lambda i, j: _plain(known[i]) == _plain(known[j]),
+        partial(_same_label, labels),
         knobs.oracle_queries,
         per_batch,
     )
@@ -221,6 +221,10 @@ def build_oracle(config: Config, labels: Labels | None) -> Oracle:
 def uses_oracle(config: Config) -> bool:
     """Whether the run is PAL: whether labels reach its training."""
     return getattr(config.objective, "oracle", "none") != "none"
+
+
+def _same_label(labels: Labels, i: int, j: int) -> bool:
+    return bool(_plain(labels[i]) == _plain(labels[j]))
 
 
 def _plain(label: Any) -> Any:

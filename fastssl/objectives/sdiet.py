@@ -120,6 +120,18 @@ class BatchHead(nn.Module):
         self.label_smoothing, self.lr = label_smoothing, lr
         self.weight_decay, self.betas = weight_decay, betas
 
+    def get_extra_state(self) -> Tensor:
+        """The learning rate, which a torch optimizer's state holds too. () float64"""
+        return torch.tensor(self.lr, dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.lr = float(state)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *arguments: Any) -> None:
+        name = prefix + "_extra_state"
+        state_dict = {name: self.get_extra_state(), **state_dict}  # older states have none
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
     def forward(self, embeddings: Tensor, index: Tensor) -> Tensor:
         """(V, N, D), and (N,) without repetition -> (). In training, backward() takes the step."""
         state = self.caught_up(index)
