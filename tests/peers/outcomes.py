@@ -1,13 +1,23 @@
-"""Counts of a suite; what is not declared fails."""
+"""A suite, what is declared of it, and its counts; what is not declared fails."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
-from typing import Any
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import pytest
 
-from tests.peers.suites import Suite
+
+class Suite(NamedTuple):
+    """One library's tests. A pattern matches names of tests as in fnmatch, but for brackets."""
+
+    version: str  # as in requirements.txt or constraints.txt
+    install: Callable[[Path], list[str]]  # (folder of downloads) -> arguments of pytest
+    not_offered: tuple[str, ...] = ()  # reasons that the tests may give for skipping themselves
+    inapplicable: Mapping[str, str] = MappingProxyType({})  # pattern -> reason
+    expected_failures: Mapping[str, str] = MappingProxyType({})  # pattern -> reason
 
 
 class Outcomes:

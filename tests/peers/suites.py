@@ -1,27 +1,16 @@
 """What each suite runs, what of it does not apply and what is expected to fail, and why."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from types import MappingProxyType
-from typing import NamedTuple
 
 from tests.peers import as_cut_cross_entropy, as_liger
+from tests.peers.outcomes import Suite
 
 HERE = Path(__file__).parent
 NO_PREDICTIONS = "predicted classes are not offered"
 TWO_OF_ITS_OWN = "compares two functions of Liger-Kernel"
 SLOW = "half precision at the large size is slow on a CPU"
-
-
-class Suite(NamedTuple):
-    """One library's tests. A pattern matches names of tests as in fnmatch, but for brackets."""
-
-    version: str  # as in requirements.txt or constraints.txt
-    install: Callable[[Path], list[str]]  # (folder of downloads) -> arguments of pytest
-    not_offered: tuple[str, ...] = ()  # reasons that the tests may give for skipping themselves
-    inapplicable: Mapping[str, str] = MappingProxyType({})  # pattern -> reason
-    expected_failures: Mapping[str, str] = MappingProxyType({})  # pattern -> reason
 
 
 def own(file: str) -> Callable[[Path], list[str]]:
