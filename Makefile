@@ -5,13 +5,17 @@ PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: pretrain test check clean
+.PHONY: pretrain test test-peers check clean
 
 pretrain: $(VENV)/.core
 	$(VENV)/bin/fastssl train digits-diet
 
 test: $(VENV)/.test
 	$(VENV)/bin/python -m pytest --quiet --durations=15 $(PYTEST_FLAGS)
+
+# Optional: what other libraries test of their losses, run on ours. Their sources go to $(VENV)/peers.
+test-peers: $(VENV)/.peers
+	@$(VENV)/bin/python -m tests.peers $(VENV)/peers
 
 check: $(VENV)/.test
 	$(VENV)/bin/ruff check
@@ -33,6 +37,12 @@ $(VENV)/.test: $(VENV)/.core tests/system_packages.sh
 	@if sh tests/system_packages.sh; then \
 	  $(PIP) install --constraint constraints.txt --editable '.[ffcv]'; \
 	elif [ -n "$$CI" ]; then exit 1; fi
+	@touch $@
+
+$(VENV)/.peers: $(VENV)/.test tests/peers/requirements.txt
+	@rm -rf $(VENV)/peers
+	$(PIP) download --no-deps --require-hashes --requirement tests/peers/requirements.txt --dest $(VENV)/peers
+	@for file in $(VENV)/peers/*.tar.gz; do tar -xzf $$file -C $(VENV)/peers || exit 1; done
 	@touch $@
 
 clean:
