@@ -229,6 +229,8 @@ class _RankBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
+        dtype = input.dtype  # bfloat16 cannot hold a number of rows, nor the sums
+        input = input.to(torch.promote_types(dtype, torch.float32))
         axes = [0, *range(2, input.ndim)]
         rows = input.new_tensor([input.numel() / input.shape[1]])
         sums = _SumRanks.apply(torch.cat([input.sum(axes), rows]), self.group)
@@ -239,12 +241,14 @@ class _RankBatchNorm(nn.modules.batchnorm._BatchNorm):
         if self.running_mean is not None and self.running_var is not None:
             rate = self.momentum or 0.0
             with torch.no_grad():
-                self.running_mean.lerp_(sums[:-1] / count, rate)
-                self.running_var.lerp_(var * count / (count - 1), rate)
+                self.running_mean.lerp_((sums[:-1] / count).to(self.running_mean), rate)
+                self.running_var.lerp_((var * count / (count - 1)).to(self.running_var), rate)
+                if self.num_batches_tracked is not None:
+                    self.num_batches_tracked.add_(1)
         out = centred * (var + self.eps).rsqrt().view(shape)
         if self.affine:
             out = out * self.weight.view(shape) + self.bias.view(shape)
-        return out
+        return out.to(dtype)
 
 
 def global_batch_norm(module: Net, ranks: Ranks) -> Net:

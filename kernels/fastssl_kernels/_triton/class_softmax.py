@@ -87,7 +87,7 @@ def _soft_cap(z, cap):
     square = u * u
     p = (-5.70498872745e-3 * square + 2.06390887954e-2) * square - 5.37397155531e-2
     small = ((p * square + 1.33314422036e-1) * square - 3.33332819422e-1) * square * u + u
-    large = 1.0 - 2.0 / (tl.exp2(2.0 * LOG2E * tl.abs(u)) + 1.0)
+    large = 1.0 - 2.0 / (tl.exp2(tl.abs(u) * (2.0 * LOG2E)) + 1.0)
     return cap * tl.where(tl.abs(u) < 0.625, small, tl.where(u < 0, -large, large))
 
 
@@ -139,7 +139,7 @@ def _statistics_kernel(
         inside = (classes < K)[None, :]
         if HAS_WEIGHT:
             v = tl.load(weight_ptr + safe_classes)[None, :]
-            total += tl.sum(tl.where(inside & (v != 0.0), v * z, 0.0), 1)  # z may be -inf
+            total += tl.sum(v * tl.where(inside & (v != 0.0), z, 0.0), 1)  # z may be -inf
         else:
             total += tl.sum(tl.where(inside, z, 0.0), 1)
         target += tl.sum(tl.where(inside & (classes[None, :] == label[:, None]), z, 0.0), 1)
