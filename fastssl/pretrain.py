@@ -28,9 +28,9 @@ from fastssl.runtime.environment import provide_user, torch_defaults
 from fastssl.runtime.metrics_log import plot_curves, read_metrics
 from fastssl.runtime.run_lock import locked, orphaned_workers
 from fastssl.runtime.run_log import RunLog
+from fastssl.runtime.weights import FILE, Metadata, initialise, save_backbone
 from fastssl.schedule import fit_warmup, ramp, require_full_views
 from fastssl.train import Trained, train
-from fastssl.weights import FILE, Metadata, initialise, save_backbone
 
 PROBES = "probes.jsonl"  # of a run folder
 

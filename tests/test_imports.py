@@ -20,6 +20,9 @@ ALLOWED = {
         "numba",
         "llvmlite",
         "PIL",
+        "simplejpeg",
+        "tifffile",
+        "filelock",
         "nvidia",
         "ffcv",
     },
@@ -40,7 +43,7 @@ ALLOWED = {
 LAYERS = (
     {"config"},
     {"backbones", "device", "distributed", "knobs", "optim", "schedule"},
-    {"objectives", "weights"},
+    {"objectives"},
     {"data", "recipes", "runtime", "step"},
     {"evaluation"},
     {"train"},

@@ -17,8 +17,8 @@ def console() -> "Console":
     """Standard output; wrapped on a terminal alone."""
     from rich.console import Console
 
-    found = Console()
-    return found if found.is_terminal else Console(width=WIDE)
+    found = Console(emoji=False)
+    return found if found.is_terminal else Console(width=WIDE, emoji=False)
 
 
 def echo(line: str, style: str | None = None) -> None:

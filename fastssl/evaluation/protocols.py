@@ -50,7 +50,7 @@ from fastssl.evaluation.progress import Progress
 from fastssl.evaluation.spectrum import rankme
 from fastssl.evaluation.trained_run import Network, TrainedRun, load_trained_run
 from fastssl.runtime.run_dir import flat, read_config, write_text
-from fastssl.weights import FILE, load_weights
+from fastssl.runtime.weights import FILE, load_weights
 
 RAW_PIXELS_STREAMED = 2048  # images, of both parts
 

@@ -21,7 +21,7 @@ from fastssl.distributed import SINGLE_PROCESS, Ranks
 from fastssl.evaluation.features import centre_features, extract
 from fastssl.runtime.checkpoint import load_checkpoint
 from fastssl.runtime.run_dir import read_config
-from fastssl.weights import FILE, load_weights
+from fastssl.runtime.weights import FILE, load_weights
 from fastssl_pipelines import View
 from fastssl_pipelines.augment import as_images, views_of
 

@@ -179,7 +179,9 @@ def test_a_corrupt_image(capsys: pytest.CaptureFixture[str], data: Path, tmp_pat
         (tmp_path / name).write_bytes((data / "jpeg-odd" / name).read_bytes())
     (tmp_path / "a.jpg").write_bytes((data / "jpeg-odd" / "truncated_jpeg.jpg").read_bytes())
     message = one_line(
-        capsys, ["train", "barlow", "--data", str(tmp_path), "--run", str(tmp_path / "run")]
+        capsys,
+        ["train", "barlow", "--data", str(tmp_path), "--run", str(tmp_path / "run")]
+        + ["--batch-size", "2"],
     )
     assert "a.jpg cannot be read as an image" in message and "repair or remove it" in message
     assert not (tmp_path / "run").exists()
@@ -282,7 +284,11 @@ def test_runs_are_ranked_and_selected(capsys: pytest.CaptureFixture[str], tmp_pa
 
 @pytest.mark.parametrize(
     ("command", "hint"),
-    [("train", "; the same command resumes the run"), ("eval", ""), ("rank", "")],
+    [
+        ("train", "; the same command resumes the run"),
+        ("eval", "; the same command resumes"),
+        ("rank", ""),
+    ],
 )
 def test_an_interruption_names_what_resumes(
     command: str, hint: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -78,7 +78,7 @@ def test_brackets_in_paths_and_a_terminal_of_ascii(tmp_path: Path) -> None:
     command = [sys.executable, "-c", code, "train", "digits-diet", *flags]
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
-    assert f"results in {tmp_path}/a[/b]:smile:?" in done.stdout and " +-0.0" in done.stdout
+    assert f"results in {tmp_path}/a[/b]:smile:?" in done.stdout and " +/-0.0" in done.stdout
     again = subprocess.run(command, capture_output=True, text=True, env=env)
     assert again.returncode == 2 and "a[/b]:smile:? contains this run, finished" in again.stderr
 

@@ -48,7 +48,7 @@ def objective(method: str, oracle: str = "none", **knobs: Any) -> Objective:
 def model() -> Model:
     backbone = build_backbone("fastnet-4")
     config = configured(Config(batch_size=N), method="diet")
-    head = build_objective(config, features=feature_width(backbone), num_samples=M)
+    head = build_objective(config, features=feature_width(backbone, 8), num_samples=M)
     return Model(backbone, head)
 
 
@@ -210,7 +210,8 @@ def test_batch_norm_over_ranks_counts_rows_in_float32(
     ours, torchs = _RankBatchNorm(5), nn.BatchNorm1d(5)
     found, truth = ours(x), torchs(x)
     assert found.dtype == truth.dtype == dtype
-    assert (found - truth).abs().max() <= 4 * torch.finfo(dtype).eps * truth.abs().max()
+    # the sums of 1,001 rows are taken in another order
+    assert (found - truth).abs().max() <= 8 * torch.finfo(dtype).eps * truth.abs().max()
     for (name, a), b in zip(ours.named_buffers(), torchs.buffers(), strict=True):
         assert torch.allclose(a.double(), b.double(), rtol=1e-5, atol=0), name
 

@@ -100,6 +100,7 @@ def test_orphaned_workers_are_named_with_the_command_that_ends_them(tmp_path: Pa
     finally:
         for pid in pids:
             os.kill(pid, signal.SIGTERM)
+        agent.stdout.close()
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         try:

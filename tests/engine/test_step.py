@@ -197,7 +197,8 @@ def test_clipping_scales_the_whole_gradient(optimizer: str) -> None:
         torch.testing.assert_close(parameter.grad, gradient)
     loose, model = step_with(1e6)
     assert loose(views, index, 0.0)[0]["clip_scale"] == 1
-    assert nn.utils.get_total_norm([p.grad for p in model.parameters()]) == norm  # type: ignore[misc]
+    unclipped = nn.utils.get_total_norm([p.grad for p in model.parameters()])  # type: ignore[misc]
+    torch.testing.assert_close(unclipped, norm)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lars"])

@@ -24,7 +24,7 @@ from fastssl.data.datasets import class_names
 from fastssl.evaluation.trained_run import load_trained_run
 from fastssl.pretrain import pretrain
 from fastssl.recipes import recipe_config
-from fastssl.weights import FILE, Metadata, fill, initialise, load_weights, save_backbone
+from fastssl.runtime.weights import FILE, Metadata, fill, initialise, load_weights, save_backbone
 
 TINY = Metadata(architecture="fastnet-4", image_size=16)
 QUICK: dict[str, Any] = {
