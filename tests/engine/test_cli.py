@@ -178,11 +178,8 @@ def test_a_corrupt_image(capsys: pytest.CaptureFixture[str], data: Path, tmp_pat
     for name in ("Landscape_1.jpg", "hopper_gray.jpg", "pil_sample_cmyk.jpg"):
         (tmp_path / name).write_bytes((data / "jpeg-odd" / name).read_bytes())
     (tmp_path / "a.jpg").write_bytes((data / "jpeg-odd" / "truncated_jpeg.jpg").read_bytes())
-    message = one_line(
-        capsys,
-        ["train", "barlow", "--data", str(tmp_path), "--run", str(tmp_path / "run")]
-        + ["--batch-size", "2"],
-    )
+    flags = ["--data", str(tmp_path), "--run", str(tmp_path / "run"), "--batch-size", "2"]
+    message = one_line(capsys, ["train", "barlow", *flags])
     assert "a.jpg cannot be read as an image" in message and "repair or remove it" in message
     assert not (tmp_path / "run").exists()
 

@@ -17,13 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import fastssl
-from fastssl import weights
 from fastssl.backbones import build_backbone
 from fastssl.config import Config
 from fastssl.data.datasets import class_names
 from fastssl.evaluation.trained_run import load_trained_run
 from fastssl.pretrain import pretrain
 from fastssl.recipes import recipe_config
+from fastssl.runtime import weights
 from fastssl.runtime.weights import FILE, Metadata, fill, initialise, load_weights, save_backbone
 
 TINY = Metadata(architecture="fastnet-4", image_size=16)
