@@ -15,10 +15,10 @@ CHUNK = 2**18  # elements (1 MiB of fp32) that a pass handles at once, to stay i
 
 
 def row_chunks(z: Tensor) -> Iterator[slice]:
-    """Slices of z's rows (V, n, D), each of about CHUNK elements."""
+    """Slices of z's rows (V, n, D), each of about CHUNK elements; an empty one without rows."""
     views, rows, width = z.shape
     step = max(1, CHUNK // (views * width))
-    for start in range(0, rows, step):
+    for start in range(0, max(rows, 1), step):
         yield slice(start, start + step)
 
 
@@ -32,7 +32,7 @@ def centred(z: Tensor, total: int, group: str) -> tuple[Tensor, Tensor]:
 def column_dots(x: Tensor, y: Tensor) -> Tensor:
     """(V, n, D), (V, n, D) -> (V, D): inner products of the columns of this rank's rows."""
     parts = [(x[:, r] * y[:, r]).sum(1) for r in row_chunks(x)]
-    return torch.stack(parts).sum(0) if parts else x.new_zeros(x.shape[0], x.shape[2])
+    return torch.stack(parts).sum(0)
 
 
 def cross_gaps(x: Tensor) -> Tensor:
