@@ -167,7 +167,8 @@ def gathering_bank(rank: int, world: int) -> tuple[Tensor, int, list[Tensor]]:
     torch.manual_seed(0)
     module = NTXentLoss(0.2, (8, 6), gather_distributed=world > 1)
     views = batch(6, 2).chunk(world, 1)[rank]
-    return module.bank, int(module.bank_ptr), value_and_grads(module, list(views), torch.float32)
+    results = value_and_grads(module, list(views), torch.float32)
+    return module.bank, int(module.bank_ptr), results
 
 
 def steps(rank: int, world: int) -> tuple[Any, Any, Any]:
