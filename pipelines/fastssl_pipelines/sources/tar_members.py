@@ -56,6 +56,10 @@ def index_tar(path: Path) -> TarIndex:
             f"{path} cannot be read as an uncompressed tar ({describe(error)}); unpack or copy it "
             "again"
         ) from error
+    if not found and index.lost:
+        raise ValueError(
+            f"{path} cannot be read as an uncompressed tar; unpack it, or copy it again"
+        )
     files = {member.name: member for member in found if member.isreg()}
     for member in found:
         target = files.get(_target(member)) if member.islnk() or member.issym() else member
