@@ -21,7 +21,10 @@ def run(folder: Path, **declared: object) -> Outcomes:
     file = folder / "sample.py"
     file.write_text(SAMPLE)
     outcomes = Outcomes(Suite("1.0", lambda folder: [], **declared))  # type: ignore[arg-type]
-    pytest.main(["-q", "-p", "no:cacheprovider", "-c", "/dev/null", str(file)], plugins=[outcomes])
+    pytest.main(
+        ["-q", "-p", "no:cacheprovider", "--import-mode=importlib", "-c", "/dev/null", str(file)],
+        plugins=[outcomes],
+    )
     outcomes.check_table("sample", PAGE)
     return outcomes
 
