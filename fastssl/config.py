@@ -21,9 +21,9 @@ class Config:
 
     # data
     data: str = ""
-    """'digits', 'cifar10' (downloaded), an .npz with x_train [y_train x_test y_test], a folder of
-    images or of class folders (with train/ and val/ or test/ or without), tar shards (or a folder
-    of them; no labels), or CIFAR-10's python batches."""
+    """'digits', 'cifar10' (downloaded), a folder of images or of class folders (with train/ and
+    val/ or test/ or without), tar shards or a folder of them, an .npz with x_train [y_train x_test
+    y_test], an .npy, a .beton, MNIST's idx files or CIFAR-10's python batches; see docs/data.md."""
     engine: Literal["auto", "resident", "dali", "ffcv"] = "resident"
     """What decodes and renders the views: 'resident' holds the images in memory at load_size;
     'dali' and 'ffcv' stream a folder's or shards' JPEGs; 'auto' chooses and logs why."""

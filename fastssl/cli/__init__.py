@@ -32,7 +32,7 @@ USAGE = """usage: fastssl COMMAND ...
                                    plot images and their views with the sampled parameters
   fastssl recipes                  list the recipes
   fastssl methods                  list the methods: paper, formula, defaults, measured accuracy
-  fastssl convert SOURCE TARGET [--size S] [--quality Q] [--workers N]
+  fastssl convert SOURCE TARGET [--part train] [--size S] [--quality Q]
                                    images to .npy, .beton or tar shards; resumes
   fastssl doctor --data PATH [--workers N]
                                    decode every image and report problems
