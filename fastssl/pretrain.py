@@ -15,7 +15,7 @@ from torch import nn
 
 from fastssl.backbones import feature_width, seeded_backbone
 from fastssl.config import Config
-from fastssl.data.datasets import class_names, is_encoded, load_array, load_labels, open_files
+from fastssl.data.datasets import Part, class_names, is_encoded, load_array, load_labels, open_files
 from fastssl.data.loading import Data, build_views, open_data, size_step
 from fastssl.device import choose_device, resolved
 from fastssl.distributed import Ranks, global_batch_norm, init_distributed, rank_batch
@@ -32,6 +32,7 @@ from fastssl.runtime.weights import FILE, Metadata, initialise, save_backbone
 from fastssl.schedule import fit_warmup, ramp, require_full_views
 from fastssl.train import Trained, train
 
+PARTS: tuple[Part, Part] = ("train", "test")
 PROBES = "probes.jsonl"  # of a run folder
 
 
@@ -156,12 +157,8 @@ def _check_data(config: Config, size_step: int) -> None:
     require_full_views(config)
     for epoch in (0, config.ramp_epochs):
         build_views(ramp(config, epoch, size_step))
-    train = load_labels(config.data, "train", config.holdout, config.image_key)
-    test = load_labels(config.data, "test", config.holdout, config.image_key)
-    if uses_oracle(config):
-        build_oracle(config, None if train is None else torch.from_numpy(train))
-    if config.probe_epochs and (train is None or test is None):
-        raise ValueError(f"--probe-epochs needs labels, and {config.data} has none; drop it")
+    if config.eval or config.probe_epochs or uses_oracle(config):
+        _check_labels(config)
     if not is_encoded(config.data):
         load_array(config.data, "test", config.holdout)
         return
@@ -170,6 +167,19 @@ def _check_data(config: Config, size_step: int) -> None:
     if config.batch_size > count:
         raise ValueError(
             f"--batch-size {config.batch_size} is larger than the data set of {count} images"
+        )
+
+
+def _check_labels(config: Config) -> None:
+    """ValueError where the evaluation, the probe or the oracle could not use the labels."""
+    train, test = (
+        load_labels(config.data, part, config.holdout, config.image_key) for part in PARTS
+    )
+    if uses_oracle(config):
+        build_oracle(config, None if train is None else torch.from_numpy(train))
+    if config.probe_epochs and (train is None or test is None or not len(test)):
+        raise ValueError(
+            f"--probe-epochs needs labels and a test part, and {config.data} has none; drop it"
         )
 
 
