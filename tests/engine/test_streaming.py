@@ -107,6 +107,7 @@ def test_no_more_than_the_batches_in_flight_are_decoded(
     epoch = opened.pipeline.epoch(0)
     next(epoch)
     assert 64 <= len(read) <= 4 * 64
+    epoch.close()  # its threads read ahead
     split = opened.train.batches(opened.train.chunks(16))
     read.clear()
     next(split)

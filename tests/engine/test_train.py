@@ -162,7 +162,7 @@ def test_what_would_fail_later_is_found_before_data_is_decoded(
     (tmp_path / "file").touch()
     plain = tiny(tmp_path)
     cases: list[tuple[Config, str, str]] = [
-        (tiny(tmp_path, "poison", y_train=poison, y_test=poison), "run", "pickle"),
+        (tiny(tmp_path, "poison", y_train=poison, y_test=poison), "run", "Python objects"),
         (tiny(tmp_path, "flat", x_test=IMAGES[0, 0]), "run", r"x_test has shape \(8, 3\)"),
         (configured(plain, probe_epochs=1), "run", "--probe-epochs needs labels"),
         (configured(plain, **barlow, oracle="labels"), "run", "needs labels to answer from"),
