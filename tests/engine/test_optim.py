@@ -2,18 +2,22 @@
 
 import math
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fastssl.backbones import build_backbone
 from fastssl.config import Config
-from fastssl.objectives import configured
-from fastssl.optim import build_optimizer, parameter_groups
+from fastssl.objectives import build_objective, configured
+from fastssl.optim import build_optimizer, parameter_groups, undecayed
 from fastssl.schedule import learning_rate
 
 CONFIG = Config(lr=0.1, weight_decay=0.01, momentum=0.9)
+BARLOW = configured(Config(), method="barlow", projector_width=32)
 
 
 def test_schedule_values() -> None:
@@ -39,6 +43,73 @@ def test_vectors_are_not_decayed() -> None:
     assert (decayed["lr_scale"], exempt["lr_scale"]) == (1.0, 0.024)
     assert decayed["weight_decay"] == 0.05 and [p.shape for p in decayed["params"]] == [(4, 3)]
     assert exempt["weight_decay"] == 0.0 and len(exempt["params"]) == 3
+
+
+UNDECAYED = {
+    "test_vit": ("cls_token", "pos_embed", "blocks.0.norm1.weight", "blocks.0.attn.qkv.bias"),
+    "vit_mediumd_patch16_reg4_gap_256": ("reg_token", "blocks.0.ls1.gamma"),
+    "beit_base_patch16_224": ("cls_token", "blocks.0.attn.relative_position_bias_table"),
+    "swin_tiny_patch4_window7_224": ("layers.0.blocks.0.attn.relative_position_bias_table",),
+    "swinv2_tiny_window8_256": (
+        "layers.0.blocks.0.attn.logit_scale",  # (3, 1, 1)
+        "layers.0.blocks.0.attn.cpb_mlp.0.weight",
+    ),
+    "convnext_atto": ("stages.0.blocks.0.gamma",),
+    "fastvit_t8": ("stages.0.blocks.0.layer_scale.gamma",),  # (C, 1, 1)
+    "resmlp_12_224": ("blocks.0.norm1.alpha", "blocks.0.ls1"),  # (1, 1, C)
+    "xcit_nano_12_p16_224": ("blocks.0.attn.temperature", "pos_embed.token_projection.weight"),
+    "levit_128s": ("stages.0.blocks.0.attn.attention_biases",),
+    "twins_svt_small": ("pos_block.0.proj.0.weight",),
+    "samvit_base_patch16": ("pos_embed", "blocks.0.attn.rel_pos_h"),
+    "mvitv2_tiny": ("stages.0.blocks.0.attn.rel_pos_w",),
+    "visformer_tiny": ("pos_embed1", "pos_embed2"),
+    "botnet26t_256": ("stages.2.1.self_attn.pos_embed.height_rel",),
+    "nf_ecaresnet26": ("stages.0.0.conv1.gain",),  # (C, 1, 1, 1)
+    "crossvit_tiny_240": ("pos_embed_0", "cls_token_1"),
+}
+
+
+@pytest.mark.parametrize("name", UNDECAYED)
+def test_what_weight_decay_must_not_pull_towards_zero(name: str) -> None:
+    """In families of timm; every matrix and kernel that they do not name is decayed."""
+    with torch.device("meta"):
+        net = timm.create_model(name, num_classes=0)
+    decayed, exempt = parameter_groups([net], 0.05)
+    parameters = dict(net.named_parameters())
+    assert len(decayed["params"]) + len(exempt["params"]) == len(parameters)
+    spared = {id(p) for p in exempt["params"]}
+    for k in UNDECAYED[name]:
+        assert id(parameters[k]) in spared, k
+    listed = net.no_weight_decay() if hasattr(net, "no_weight_decay") else ()
+    named = {k for k in parameters if any(fnmatchcase(k, pattern) for pattern in listed)}
+    for k, module in net.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            assert (id(module.weight) in spared) == (f"{k}.weight" in named), k
+
+
+def test_parts_name_what_they_spare_and_a_layer_of_one_output_is_decayed() -> None:
+    class Part(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.mixing = (nn.Parameter(torch.ones(3, 4)) for _ in range(2))
+            self.head = nn.Linear(4, 1)
+
+        def no_weight_decay(self) -> set[str]:
+            return {"tab*"}
+
+    net = nn.Sequential(nn.Conv2d(1, 5, 1), nn.LayerNorm((5, 2, 2)), Part())
+    assert set(undecayed(net)) == {"0.bias", "1.weight", "1.bias", "2.table", "2.head.bias"}
+
+
+@pytest.mark.parametrize("backbone", ["fastnet-8", "resnet18"])
+def test_groups_of_networks_without_such_parameters_are_by_rank(backbone: str) -> None:
+    """In the same order as ever: the bits of a run depend on it."""
+    with torch.device("meta"):
+        modules = [build_backbone(backbone), build_objective(BARLOW, features=8, num_samples=9)]
+    decayed, exempt = parameter_groups(modules, 0.05)
+    parameters = [p for module in modules for p in module.parameters()]
+    assert [id(p) for p in decayed["params"]] == [id(p) for p in parameters if p.ndim > 1]
+    assert [id(p) for p in exempt["params"]] == [id(p) for p in parameters if p.ndim <= 1]
 
 
 def steps(
