@@ -144,7 +144,7 @@ def run(name: str, config: Config, images: int, theirs: tuple[bool, bool]) -> di
     train_images = splits[0].pixels
     views = build_views(config)
     backbone = seeded_backbone(config, CPU)
-    features = feature_width(backbone)
+    features = feature_width(backbone, config.image_size)
     objective = (
         LightlyBarlow(features, config)
         if theirs[1]

@@ -59,7 +59,8 @@ class Config:
 
     # network
     backbone: str = "resnet50"
-    """'fastnet', 'fastnet-64', ... (a small net for CPUs) or any timm model name."""
+    """'fastnet', 'fastnet-64', ... (a small net for CPUs) or any timm model name, without a tag of
+    pretrained weights."""
     stem: Literal["imagenet", "cifar"] = "imagenet"
     """'cifar' replaces a ResNet's first layers by one 3x3 convolution, for images of 32 px."""
 
@@ -78,7 +79,7 @@ class Config:
     lr: float = 1e-3
     """Peak learning rate; not scaled with the batch size."""
     weight_decay: float = 0.05
-    """Decay of weights; biases and normalisation layers are exempt."""
+    """Decay of weights; biases, gains, tokens and tables of positions are exempt."""
     momentum: float = 0.9
     """Momentum of SGD and LARS."""
     nesterov: bool = False
@@ -124,7 +125,9 @@ class Config:
     sync_batchnorm: bool = False
     """Batch norm statistics over all ranks, as in one process with the whole batch."""
     init: str = ""
-    """A backbone.safetensors to initialise the backbone from."""
+    """Weights to start the backbone from: a file (.safetensors, .pth) of fastssl, timm or
+    torchvision, a run folder, 'imagenet', or a model on the hub ('resnet18.a1_in1k', 'hf-hub:...').
+    """
     init_partial: bool = False
     """Accept an `init` file that fills only some of the backbone's tensors."""
 

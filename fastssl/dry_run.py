@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastssl.backbones import feature_width, seeded_backbone
 from fastssl.config import Config
-from fastssl.data.loading import open_data
+from fastssl.data.loading import open_data, size_step
 from fastssl.device import choose_device
 from fastssl.distributed import SINGLE_PROCESS
 from fastssl.objectives import build_objective, complete
@@ -56,12 +56,16 @@ class DryRun:
 def dry_run(config: Config, log: Callable[[str], None]) -> DryRun:
     """Estimate the run of `config`; ValueError where that run would raise it."""
     config, device = complete(config), choose_device(config.device)
+    size_step(config)  # refuses sizes that the backbone cannot take, before data is read
     data = open_data(config, device, log)
     backbone = seeded_backbone(config, device)
     count = len(data.train)
     oracle = Oracle(count) if uses_oracle(config) else None  # no labels are read
     objective = build_objective(
-        config, features=feature_width(backbone), num_samples=count, oracle=oracle
+        config,
+        features=feature_width(backbone, config.image_size),
+        num_samples=count,
+        oracle=oracle,
     )
     model = Model(backbone, objective.to(device), config.accumulate).train()
     optimizer = build_optimizer(config, [backbone, objective])

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from fastssl.backbones import feature_width, load_backbone, save_backbone, seeded_backbone
+from fastssl.backbones import feature_width, seeded_backbone
 from fastssl.config import Config
-from fastssl.data.loading import Data, build_views, open_data
+from fastssl.data.datasets import class_names
+from fastssl.data.loading import Data, build_views, open_data, size_step
 from fastssl.device import choose_device
 from fastssl.distributed import Ranks, global_batch_norm, init_distributed, rank_batch
 from fastssl.evaluation.online_knn import OnlineKNN
@@ -25,6 +27,7 @@ from fastssl.runtime import run_dir
 from fastssl.runtime.metrics_log import plot_curves, read_metrics
 from fastssl.schedule import ramp
 from fastssl.train import Trained, train
+from fastssl.weights import FILE, Metadata, initialise, save_backbone
 
 
 def pretrain(config: Config, folder: Path, log: Callable[[str], None]) -> dict[str, Any]:
@@ -68,7 +71,7 @@ def _train(
     """Pretrain, save the backbone and plot the curves. `locks` takes the lock on the folder."""
     begin = time.perf_counter()
     resumed = ranks.is_main and run_dir.is_resumed(folder, config)
-    device = choose_device(config.device)
+    device, step = choose_device(config.device), size_step(config)
     per_rank = replace(config, batch_size=rank_batch(config, ranks.world))
     # Rank 0 opens the data first: an engine may convert it to a file that all ranks then read.
     if not ranks.is_main:
@@ -78,12 +81,12 @@ def _train(
         ranks.barrier()
     backbone = seeded_backbone(config, device)
     if config.init:
-        log(load_backbone(Path(config.init), backbone, partial=config.init_partial))
+        log(initialise(config, backbone))
     # The oracle is the only part of training that is given labels.
     oracle = build_oracle(config, data.train.labels()) if uses_oracle(config) else None
     objective = build_objective(
         per_rank,
-        features=feature_width(backbone),
+        features=feature_width(backbone, config.image_size),
         num_samples=len(data.train),
         oracle=oracle,
         group=ranks.group,
@@ -114,15 +117,32 @@ def _train(
         log,
         ranks=ranks,
         probe=probe,
-        views_of=(lambda epoch: build_views(ramp(config, epoch))) if config.ramp_epochs else None,
+        views_of=(lambda e: build_views(ramp(config, e, step))) if config.ramp_epochs else None,
     )
     if ranks.is_main and oracle:
         run_dir.write_text(folder / "oracle.json", json.dumps(oracle.log()))
     if ranks.is_main:
-        save_backbone(folder / "backbone.safetensors", backbone)
+        save_backbone(folder / FILE, backbone, _metadata(config, backbone))
         plot_curves(read_metrics(folder / "metrics.jsonl"), folder.name, folder / "curves.png")
     ranks.barrier()  # all ranks read the backbone for the evaluation
     return _Run(data, trained, load_s, device, ranks.world)
+
+
+def _metadata(config: Config, backbone: nn.Module) -> Metadata:
+    """What the backbone's file says of it; of paths the last part alone, since it is handed on."""
+    view, recipe = build_views(config)[0], run_dir.flat(config)
+    del recipe["run"]
+    paths = {name: Path(recipe[name]).name for name in ("data", "init")}
+    return Metadata(
+        architecture=config.backbone,
+        stem=config.stem,
+        image_size=config.image_size,
+        features=feature_width(backbone, config.image_size),
+        mean=view.mean,
+        std=view.std,
+        classes=class_names(config.data),
+        recipe=recipe | paths,
+    )
 
 
 def _summary(

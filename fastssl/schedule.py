@@ -59,10 +59,10 @@ class Schedule:
         return max(state.step, round(state.step * self._config.time_budget_s / state.train_s))
 
 
-def ramp(config: Config, epoch: int) -> Config:
+def ramp(config: Config, epoch: int, step: int = 4) -> Config:
     """`config` with the views and the image size of this epoch.
 
-    They grow linearly from `start_views` and `start_size` over `ramp_epochs`, sizes by 4 px.
+    They grow linearly from `start_views` and `start_size` over `ramp_epochs`, sizes by `step` px.
     """
     if epoch >= config.ramp_epochs:
         return config
@@ -71,7 +71,7 @@ def ramp(config: Config, epoch: int) -> Config:
     return replace(
         config,
         views=views + int(share * (config.views - views)),
-        image_size=size + 4 * int(share * (config.image_size - size) / 4),
+        image_size=size + step * int(share * (config.image_size - size) / step),
     )
 
 

@@ -61,7 +61,7 @@ def train(
     """
     model = Model(backbone, objective, config.accumulate).train()
     optimizer = build_optimizer(config, [backbone, objective])
-    width = feature_width(backbone)
+    width = feature_width(backbone, pipeline.views[0].size)
     spectrum = SpectrumQueue(width, device_of(model))
     collapse = CollapseDetector(config, width, log)
     checkpointer = TrainCheckpointer(

@@ -90,7 +90,7 @@ def _beside(loop: Loop) -> dict[str, Call]:
     than it does, since reports are limited to 1 % of the time."""
     metrics, features = loop.step(loop.fixed.views, loop.fixed.index, 1e-4)
     finite = metrics.pop("finite")
-    width = feature_width(loop.model.backbone)
+    width = feature_width(loop.model.backbone, loop.config.image_size)
     spectrum = SpectrumQueue(width, features[0].device)
     guard = NonFiniteGuard(loop.model, "stop", print)
     log = MetricsLog(Path(tempfile.mkdtemp()) / "metrics.jsonl", 10**9)

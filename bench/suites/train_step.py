@@ -84,7 +84,7 @@ def build(config: Config, images: int, official: bool = False) -> tuple[Model, S
     """The model of `config` for `images` images, and its step; with the official loss or ours."""
     device = torch.device(config.device)
     backbone = seeded_backbone(config, device)
-    width = feature_width(backbone)
+    width = feature_width(backbone, config.image_size)
     knobs: Any = config.objective
     objective: Objective = (
         OfficialBarlow(width, knobs)

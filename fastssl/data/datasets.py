@@ -26,6 +26,7 @@ Images = NDArray[np.uint8]
 Labels = NDArray[np.int64]
 
 TEST_FOLDERS = ("test", "val")
+CIFAR10_CLASSES = tuple("airplane automobile bird cat deer dog frog horse ship truck".split())
 CIFAR10_HELP = (
     "pass --data with an .npz (x_train, y_train, x_test, y_test), the folder cifar-10-batches-py, "
     "or a folder of images"
@@ -114,6 +115,22 @@ def load_labels(
         return labels
     names = open_files(data, part, holdout).names
     return labels[[name not in skipped for name in names]]
+
+
+def class_names(data: str) -> tuple[str, ...] | None:
+    """The names of the classes in the order of their labels; None where the data has none, or
+    they cannot be read: nothing depends on them."""
+    if data == "digits":
+        return tuple("0123456789")
+    if data == "cifar10" or _is_cifar_batches(data):
+        return CIFAR10_CLASSES
+    try:
+        path = _existing(data)
+        paths, has_parts = _folder_files(path, "train") if path.is_dir() else ([], False)
+    except (OSError, ValueError):
+        return None
+    names = _class_names(path, paths, has_parts)
+    return tuple(sorted(set(names))) if names and all(names) else None
 
 
 def _existing(data: str) -> Path:

@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 
+from fastssl.backbones import SizeCheck
 from fastssl.config import Config
 from fastssl.data.datasets import beton_of, is_encoded
 from fastssl.data.splits import ArraySplit, FileSplit, Split, open_split
 from fastssl.distributed import SINGLE_PROCESS, Ranks
+from fastssl.schedule import ramp
 from fastssl_pipelines import Pipeline, View, choose_engine, open_pipeline, policies
 from fastssl_pipelines.engines.streaming import StreamingPipeline
 from fastssl_pipelines.memory import require_memory
@@ -21,6 +23,30 @@ def build_views(config: Config) -> tuple[View, ...]:
     many views."""
     views = policies.policy_views(config.policy, config.views, config.image_size)
     return tuple(replace(view, channels_last=config.channels_last) for view in views)
+
+
+def size_step(config: Config) -> int:
+    """The px by which the views of a ramp grow (`schedule.ramp`): 4, or what the backbone needs,
+    such as the side of its patches.
+
+    Raises ValueError where the backbone cannot take a size of the run; nothing is read or built
+    but on meta tensors.
+    """
+    check = SizeCheck(config)
+    check.require(config.image_size)  # of the evaluation
+    steps = {step: _view_sizes(config, step) for step in (4, 8, 14, 16, 28, 32)}
+    for step, sizes in steps.items():
+        if all(check.problem(size) is None for size in sizes):
+            return step
+    for size in steps[32]:
+        check.require(size)
+    raise AssertionError("a step fails without a size that does")
+
+
+def _view_sizes(config: Config, step: int) -> list[int]:
+    """The sides of all views of a run, the last epoch's first."""
+    epochs = (ramp(config, epoch, step) for epoch in range(config.ramp_epochs, -1, -1))
+    return list(dict.fromkeys(view.size for each in epochs for view in build_views(each)))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastssl.backbones import load_backbone, seeded_backbone
+from fastssl.backbones import seeded_backbone
 from fastssl.config import Config
 from fastssl.data.splits import ArraySplit, Split, open_split
 from fastssl.device import choose_device
@@ -36,6 +36,7 @@ from fastssl.evaluation.probes import (
 from fastssl.evaluation.spectrum import RANKME_SAMPLES, rankme
 from fastssl.evaluation.trained_run import Network, TrainedRun, load_trained_run
 from fastssl.runtime.run_dir import read_config
+from fastssl.weights import FILE, load_weights
 
 RAW_PIXELS_STREAMED = 2048  # images, of both parts
 
@@ -108,7 +109,7 @@ def run_features(
     """
     device = choose_device(config.device)
     pretrained = seeded_backbone(config, device)
-    load_backbone(folder / "backbone.safetensors", pretrained)
+    load_weights(folder / FILE, pretrained)
     functions: dict[str, Function] = {"pretrained": partial(centre_features, config, pretrained)}
     labels = train.labels(), test.labels()
     if labels[0] is not None and labels[1] is not None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastssl.backbones import load_backbone, seeded_backbone
+from fastssl.backbones import seeded_backbone
 from fastssl.config import Config
 from fastssl.data.loading import build_views
 from fastssl.data.splits import Split
@@ -20,6 +20,7 @@ from fastssl.device import choose_device
 from fastssl.evaluation.features import centre_features, extract
 from fastssl.runtime.checkpoint import load_checkpoint
 from fastssl.runtime.run_dir import read_config
+from fastssl.weights import FILE, load_weights
 from fastssl_pipelines import View
 from fastssl_pipelines.augment import as_images, views_of
 
@@ -71,7 +72,7 @@ def load_trained_run(folder: Path, log: Callable[[str], None]) -> TrainedRun:
     config = read_config(folder)
     device = choose_device(config.device)
     backbone = seeded_backbone(config, device)
-    load_backbone(folder / "backbone.safetensors", backbone)
+    load_weights(folder / FILE, backbone)
     return TrainedRun(config, device, backbone.eval(), _load_projector(folder, device, log))
 
 

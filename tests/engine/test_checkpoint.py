@@ -8,9 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
-from fastssl.backbones import build_backbone, load_backbone, save_backbone
 from fastssl.runtime import checkpoint
 from fastssl.runtime.checkpoint import (
     checkpoints,
@@ -136,20 +134,3 @@ def die_in_a_save(folder: Path, after: int | str) -> None:
         save_checkpoint(folder, 2, {"step": 2, "x": torch.arange(10_000)})
     finally:
         os._exit(1)
-
-
-def test_backbone_file(tmp_path: Path) -> None:
-    net, other = build_backbone("fastnet-4"), build_backbone("fastnet-4")
-    path = tmp_path / "backbone.safetensors"
-    with pytest.raises(FileNotFoundError, match="has not finished"):
-        load_backbone(path, net)
-    save_backbone(path, net.to(memory_format=torch.channels_last))
-    assert load_backbone(path, other) == "loaded 36 of 36 tensors"
-    for name, tensor in net.state_dict().items():
-        assert torch.equal(tensor, other.state_dict()[name]), name
-    with pytest.raises(ValueError, match=r"6 of 36 tensors match, .* 0\.0\.weight"):
-        load_backbone(path, build_backbone("fastnet-8"))
-    wider = build_backbone("fastnet-8")
-    assert load_backbone(path, wider, partial=True) == "loaded 6 of 36 tensors"
-    with pytest.raises(ValueError, match="0 of 2 tensors match"):
-        load_backbone(path, nn.Linear(2, 2), partial=True)

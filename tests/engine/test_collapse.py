@@ -109,7 +109,7 @@ def train_checked(config: Config, epochs: int, detector: CollapseDetector) -> in
         "resident", images, views=build_views(config), batch_size=128, seed=0, device=device
     )
     backbone = seeded_backbone(config, device)
-    features = feature_width(backbone)
+    features = feature_width(backbone, config.image_size)
     objective = build_objective(config, features=features, num_samples=len(images))
     optimizer = build_optimizer(config, [backbone, objective])
     queue = SpectrumQueue(features, device)
