@@ -86,6 +86,9 @@ class StopRequest:
 
 
 def _announce(number: int, what: str) -> None:
+    """Once for all ranks, which a launcher signals together."""
+    if os.environ.get("RANK", "0") != "0":
+        return
     name = signal.Signals(number).name
     print(
         f"fastssl: {name} received: {what}; press Ctrl-C to stop at once",
