@@ -177,10 +177,10 @@ def _check_labels(config: Config) -> None:
     )
     if uses_oracle(config):
         build_oracle(config, None if train is None else torch.from_numpy(train))
-    if config.probe_epochs and (train is None or test is None or not len(test)):
-        raise ValueError(
-            f"--probe-epochs needs labels and a test part, and {config.data} has none; drop it"
-        )
+    if config.probe_epochs and test is not None and not len(test):
+        raise ValueError("--probe-epochs needs a test part; raise --holdout")
+    if config.probe_epochs and (train is None or test is None):
+        raise ValueError(f"--probe-epochs needs labels, and {config.data} has none; drop it")
 
 
 def _metadata(config: Config, backbone: nn.Module) -> Metadata:
