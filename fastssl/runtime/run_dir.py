@@ -17,7 +17,7 @@ BUILT_IN_DATA = ("digits", "cifar10")  # names, not paths
 FREE = frozenset(
     {
         *("device", "compile", "cuda_graphs", "channels_last", "accumulate"),
-        *("log_every", "stall_s", "checkpoint_s", "label_draws"),
+        *("log_every", "stall_s", "checkpoint_s", "label_draws", "eval"),
         *("on_nonfinite", "on_collapse", "on_corrupt", "corrupt_quota"),
     }
 )

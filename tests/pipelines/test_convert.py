@@ -1,6 +1,7 @@
 """Converting: what was there before is there after, in every format, or nothing is there."""
 
 import json
+import os
 import shutil
 import tarfile
 from pathlib import Path
@@ -16,7 +17,7 @@ from fastssl_pipelines.sources.beton import Beton
 from fastssl_pipelines.sources.convert import convert
 from fastssl_pipelines.sources.decoding import decode
 from fastssl_pipelines.sources.image_files import open_encoded
-from fastssl_pipelines.sources.unreadable import UnreadableDataError
+from fastssl_pipelines.sources.unreadable import UnreadableDataError, UnreadableError
 from tests.helpers.requires import needs
 
 pytestmark = needs("ffcv")
@@ -252,3 +253,45 @@ def test_records_are_plain(classes: Path, tmp_path: Path) -> None:
     assert [record["name"] for record in records] == [str(f) for f in files(classes)[:5]]
     ends = [record["offset"] + record["length"] for record in records]
     assert [0, *ends[:-1]] == [record["offset"] for record in records]
+
+
+def test_one_process_at_a_time_writes_a_target(classes: Path, tmp_path: Path) -> None:
+    with module._locked(tmp_path / "x.npy"):
+        with pytest.raises(ValueError, match=r"another process is converting to .*x\.npy; wait"):
+            convert(classes, tmp_path / "x.npy", size=16)
+        assert (tmp_path / "x.npy.lock").exists()
+    convert(classes, tmp_path / "x.npy", size=16)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.npy"]
+
+
+def test_parts_are_converted_one_by_one(data: Path, tmp_path: Path) -> None:
+    source = data / "imagenette-224-1000.tar"
+    with pytest.raises(ValueError, match="has the parts train, val: convert each by itself, with"):
+        convert(source, tmp_path / "x.npy", size=8)
+    with pytest.raises(ValueError, match="has no part test; it has train, val"):
+        convert(source, tmp_path / "x.npy", size=8, part="test")
+    assert convert(source, tmp_path / "x.npy", size=8, part="val").written == 250
+
+
+def test_what_a_format_cannot_hold_is_left_out(data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "x"
+    folder.mkdir()
+    for name in ("strip-70000x4.png", "three-extraneous-bytes-before-EOI.jpg"):
+        shutil.copy(data / "odd-inputs" / name, folder)
+    report = convert(folder, tmp_path / "x.beton", quota=0.5)
+    assert list(report.skipped.values()) == [
+        "70000 x 4 pixels: a JPEG holds at most 65500 a side; pass --size"
+    ]
+    assert report.written == 1 and "extraneous bytes" in str(report.damaged)
+    beton = Beton(tmp_path / "x.beton")
+    height, width = beton.size[0].tolist()
+    assert beton.decode(0, 1, np.empty(3 * height * width, np.uint8)) == "", "encoded anew"
+
+
+def test_a_beton_that_is_cut_while_it_is_open(classes: Path, tmp_path: Path) -> None:
+    path = convert(classes, tmp_path / "x.beton").target
+    beton = Beton(path)
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(UnreadableError, match="was cut since it was opened"):
+        for i in range(len(beton)):
+            beton.read(i)
