@@ -38,6 +38,15 @@ def test_a_loop_of_links_ends(tmp_path: Path) -> None:
     assert found.left_out == {"link to a folder above": 1}
 
 
+def test_runs_below_the_data_are_no_images(tmp_path: Path) -> None:
+    image(tmp_path / "cat" / "a.jpg")
+    image(tmp_path / "runs" / "barlow" / "curves.png")
+    for name in ("config.json", "metrics.jsonl"):
+        (tmp_path / "runs" / "barlow" / name).touch()
+    assert names(tmp_path) == ["a.jpg"]
+    assert open_encoded(tmp_path).left_out == {"folder of a training run": 1}
+
+
 def test_one_folder_linked_twice_is_read_twice(tmp_path: Path) -> None:
     image(tmp_path / "cat" / "a.jpg")
     (tmp_path / "dog").symlink_to(tmp_path / "cat")

@@ -14,6 +14,8 @@ SYSTEM = frozenset(
     {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"}
 )
 
+RUN_FILES = frozenset({"config.json", "metrics.jsonl"})  # of a run, which has pictures too
+
 
 @dataclass
 class Scan:
@@ -62,6 +64,9 @@ def _walk(folder: Path, found: Scan, above: tuple[tuple[int, int], ...]) -> None
     identity = (stat.st_dev, stat.st_ino)
     if identity in above:
         found.left_out["link to a folder above"] += 1
+        return
+    if RUN_FILES <= {entry.name for entry in entries}:
+        found.left_out["folder of a training run"] += 1  # such as runs/ below the data
         return
     for entry in entries:
         if is_hidden(entry.name):
