@@ -72,8 +72,9 @@ def parse_bands(text: str) -> tuple[int, int, int] | None:
 def decode(
     data: Bytes, how: Decoding | None = None, *, smallest: int = SMALLEST, shrink: int = 1
 ) -> Bytes:
-    """The pixels of `decode_checked`."""
-    return decode_checked(data, how, smallest=smallest, shrink=shrink).pixels
+    """The pixels of `decode_checked`, without its check of a JPEG that is decoded smaller: an
+    engine makes that once for an image, and decodes it in every epoch."""
+    return _decode(data, how, smallest, shrink, checked=False).pixels
 
 
 def decode_checked(
@@ -85,6 +86,12 @@ def decode_checked(
     gray is repeated, alpha is dropped; of several frames the first is taken. shrink: 2, 4 or 8
     decodes a JPEG to ceil(H / shrink) x ceil(W / shrink) by libjpeg's DCT scaling.
     """
+    return _decode(data, how, smallest, shrink, checked=True)
+
+
+def _decode(
+    data: Bytes, how: Decoding | None, smallest: int, shrink: int, *, checked: bool
+) -> Decoded:
     how = how or Decoding()
     if len(data) == 0:
         raise UnreadableError("the file is empty")
@@ -99,7 +106,7 @@ def decode_checked(
                 return Decoded(upright(pixels, exif_orientation(data) if how.oriented else 1))
             except ValueError as error:  # a warning or an error; Pillow tells which
                 damage = warning_of(error)
-        elif data[:2].tobytes() == b"\xff\xd8":
+        elif checked and data[:2].tobytes() == b"\xff\xd8":
             damage = jpeg_damage(data)
         return Decoded(_decode_any(data, how, smallest, shrink), damage)
     except UnreadableError:
