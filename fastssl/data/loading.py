@@ -64,13 +64,6 @@ class Data:
         return open_split(self.config, "test")
 
     @property
-    def damaged(self) -> Mapping[str, str]:
-        """The training images read with damage so far, by name, with what is damaged."""
-        if isinstance(self.pipeline, StreamingPipeline):
-            return {**self.train.damaged, **self.pipeline.unreadable.damaged}
-        return self.train.damaged
-
-    @property
     def skipped(self) -> Mapping[str, str]:
         """The unreadable training images found so far, by name, with the reason."""
         if isinstance(self.pipeline, StreamingPipeline):

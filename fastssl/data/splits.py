@@ -3,10 +3,9 @@
 Shapes: M images of the part, N of a batch, S pixels per side. Images are uint8 RGB (N, S, S, 3).
 """
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from functools import cached_property
 
 import numpy as np
@@ -23,18 +22,10 @@ from fastssl.data.datasets import (
     open_files,
 )
 from fastssl_pipelines.memory import require_memory
-from fastssl_pipelines.prefetch import prefetch
-from fastssl_pipelines.sources.decoding import (
-    Decoded,
-    Decoding,
-    center_square,
-    decode_checked,
-    parse_bands,
-)
+from fastssl_pipelines.sources.decoded_files import decoded_files
+from fastssl_pipelines.sources.decoding import Decoded, Decoding, parse_bands
 from fastssl_pipelines.sources.image_files import Encoded
 from fastssl_pipelines.sources.unreadable import UnreadableError, UnreadableImages
-
-Outcome = Decoded | UnreadableError
 
 
 def sample_indices(total: int, count: int, seed: int) -> Tensor:
@@ -53,8 +44,7 @@ def sample_indices(total: int, count: int, seed: int) -> Tensor:
 class Split(ABC):
     """The training or the test part of a run's data: its images by number, 0 to M - 1.
 
-    skipped: the unreadable images by name, with the reason; of files, those found so far. damaged:
-    those read with damage, likewise.
+    skipped: the unreadable images by name, with the reason; of files, those found so far.
     source_numbers: (M,) int64, the number of each image among all of the part, where the split has
     only some of them.
     """
@@ -68,7 +58,6 @@ class Split(ABC):
     ):
         self._config, self._part, self._excluded = config, part, excluded or {}
         self._source_numbers = source_numbers
-        self.damaged: Mapping[str, str] = {}
 
     @property
     def source_numbers(self) -> Tensor:
@@ -156,7 +145,7 @@ class FileSplit(Split):
         source_numbers: Tensor | None = None,
     ):
         super().__init__(config, part, excluded, source_numbers)
-        self.files, self._decoding = files, decoding_of(config)
+        self.files = files
         self._unreadable = UnreadableImages(
             len(files) + len(files.lost),
             config.on_corrupt,
@@ -164,7 +153,6 @@ class FileSplit(Split):
             config.on_damage,
             files.lost,
         )
-        self.damaged = self._unreadable.damaged
 
     @property
     def total(self) -> int:
@@ -178,25 +166,15 @@ class FileSplit(Split):
         return len(self.files)
 
     def batches(self, chunks: Sequence[Tensor]) -> Iterator[tuple[Tensor, Images]]:
-        threads = os.cpu_count() or 1
-        with ThreadPoolExecutor(threads) as pool:  # Pillow decodes without the GIL
-
-            def start(number: int) -> Future[Outcome]:
-                return pool.submit(self._decode, number)
-
-            numbers = [number for chunk in chunks for number in chunk.tolist()]
-            decoded = prefetch(numbers, start, lambda future: future.result(), 4 * threads)
+        numbers = [number for chunk in chunks for number in chunk.tolist()]
+        how, size = decoding_of(self._config), self._config.load_size
+        with closing(decoded_files(self.files, numbers, how, size)) as decoded:
             for chunk in chunks:
                 yield self._readable(chunk, decoded)
 
-    def _decode(self, number: int) -> Outcome:
-        try:
-            pixels, damage = decode_checked(self.files.read(number), self._decoding)
-        except UnreadableError as error:
-            return error
-        return Decoded(center_square(pixels, self._config.load_size), damage)
-
-    def _readable(self, chunk: Tensor, decoded: Iterator[Outcome]) -> tuple[Tensor, Images]:
+    def _readable(
+        self, chunk: Tensor, decoded: Iterator[Decoded | UnreadableError]
+    ) -> tuple[Tensor, Images]:
         """The images of one chunk, from the next results of `decoded`."""
         size = self._config.load_size
         pixels = np.empty((len(chunk), size, size, 3), np.uint8)
@@ -272,6 +250,4 @@ def _decode_all(
             f"none of {len(split)} images can be read; `fastssl doctor` lists the reasons"
         )
     source_numbers = split.source_numbers[torch.cat(readable)]
-    held = ArraySplit(config, part, pixels[:filled], split.skipped, source_numbers)
-    held.damaged = split.damaged
-    return held
+    return ArraySplit(config, part, pixels[:filled], split.skipped, source_numbers)

@@ -6,6 +6,7 @@ Shapes: N batch, M data set, V views.
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,8 @@ from fastssl_pipelines.augment import as_images
 from fastssl_pipelines.engines.base import EngineSettings, ShuffledEpochs
 from fastssl_pipelines.memory import require_memory
 from fastssl_pipelines.prefetch import prefetch
-from fastssl_pipelines.sources.decoding import (
-    Bytes,
-    Decoded,
-    Decoding,
-    center_square,
-    decode_checked,
-)
+from fastssl_pipelines.sources.decoded_files import decoded_files
+from fastssl_pipelines.sources.decoding import Bytes, Decoding
 from fastssl_pipelines.sources.image_files import Encoded, is_encoded, open_encoded
 from fastssl_pipelines.sources.unreadable import (
     QUOTA,
@@ -75,8 +71,7 @@ class ResidentPipeline(ShuffledEpochs):
             encoded = open_encoded(source)
             total, how = len(encoded) + len(encoded.lost), Decoding(**decoding)
             self.unreadable = UnreadableImages(total, on_corrupt, quota, on_damage, encoded.lost)
-            count = threads or os.cpu_count() or 1
-            source, self.names = _decoded(encoded, load_size, count, how, self.unreadable)
+            source, self.names = _decoded(encoded, load_size, threads, how, self.unreadable)
         images = as_images(source)
         super().__init__(images.count, settings)
         self._smallest_side = int(images.layout[:, 1:].min())
@@ -166,24 +161,16 @@ def _read_npy(path: Path) -> Any:
 def _decoded(
     encoded: Encoded,
     load_size: int | None,
-    threads: int,
+    threads: int | None,
     how: Decoding,
     unreadable: UnreadableImages,
 ) -> tuple[list[Bytes], list[str]]:
     """The readable images of `encoded`, and their names."""
-
-    def load(i: int) -> Decoded | UnreadableError:
-        try:
-            pixels, damage = decode_checked(encoded.read(i), how)
-        except UnreadableError as error:
-            return error
-        return Decoded(pixels if load_size is None else center_square(pixels, load_size), damage)
-
     images: list[Bytes] = []
     names: list[str] = []
-    with ThreadPoolExecutor(threads, thread_name_prefix="fastssl-load") as pool:
-        loaded = prefetch(range(len(encoded)), lambda i: pool.submit(load, i), _result, 4 * threads)
-        for name, image in zip(encoded.names, loaded, strict=True):
+    decoded = decoded_files(encoded, range(len(encoded)), how, load_size, threads)
+    with closing(decoded):
+        for name, image in zip(encoded.names, decoded, strict=True):
             if isinstance(image, UnreadableError):
                 unreadable.add(name, str(image))
             elif unreadable.keeps(name, image.damage):
@@ -194,10 +181,6 @@ def _decoded(
     if not images:
         raise ValueError(f"none of {len(encoded)} images can be read; `fastssl doctor` says why")
     return images, names
-
-
-def _result(future: Future[Decoded | UnreadableError]) -> Decoded | UnreadableError:
-    return future.result()
 
 
 def _require_room(count: int, each: int) -> None:
