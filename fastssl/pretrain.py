@@ -15,7 +15,16 @@ from torch import nn
 
 from fastssl.backbones import feature_width, seeded_backbone
 from fastssl.config import Config
-from fastssl.data.datasets import Part, class_names, is_encoded, load_array, load_labels, open_files
+from fastssl.data.arrays import Labels
+from fastssl.data.datasets import (
+    Part,
+    class_names,
+    file_labels,
+    is_encoded,
+    load_array,
+    load_labels,
+    open_files,
+)
 from fastssl.data.loading import Data, build_views, open_data, size_step
 from fastssl.device import choose_device, resolved
 from fastssl.distributed import Ranks, global_batch_norm, init_distributed, rank_batch
@@ -27,7 +36,7 @@ from fastssl.runtime import run_dir
 from fastssl.runtime.environment import provide_user, torch_defaults
 from fastssl.runtime.metrics_log import plot_curves, read_metrics
 from fastssl.runtime.run_lock import locked, orphaned_workers
-from fastssl.runtime.run_log import RunLog
+from fastssl.runtime.run_log import RunLog, discard
 from fastssl.runtime.weights import FILE, Metadata, initialise, save_backbone
 from fastssl.schedule import fit_warmup, ramp, require_full_views
 from fastssl.train import Trained, train
@@ -48,14 +57,13 @@ def pretrain(config: Config, folder: Path, log: Callable[[str], None]) -> dict[s
     provide_user()
     config = run_dir.with_absolute_paths(resolved(complete(config)))
     with ExitStack() as until_evaluated, init_distributed(config.device) as ranks:
-        log = until_evaluated.enter_context(RunLog(log if ranks.is_main else _discard))
+        log = until_evaluated.enter_context(RunLog(log if ranks.is_main else discard))
         config = fit_warmup(config, log)
         run = _train(config, folder, log, ranks, until_evaluated)
         begin = time.perf_counter()
         found = None
         if config.eval:
-            with log.doing("evaluating"):
-                found = evaluate(config, folder, run.data.train, run.data.test, log, ranks=ranks)
+            found = evaluate(config, folder, run.data.train, run.data.test, log, ranks=ranks)
         # Each rank has met the unreadable images of its own batches.
         skipped = dict(ChainMap(*ranks.gather(dict(run.data.skipped))))
         return _summary(config, folder, log, run, found, skipped, begin) if ranks.is_main else {}
@@ -157,24 +165,26 @@ def _check_data(config: Config, size_step: int) -> None:
     require_full_views(config)
     for epoch in (0, config.ramp_epochs):
         build_views(ramp(config, epoch, size_step))
-    if config.eval or config.probe_epochs or uses_oracle(config):
-        _check_labels(config)
+    reads_labels = config.eval or config.probe_epochs or uses_oracle(config)
     if not is_encoded(config.data):
+        if reads_labels:
+            train, test = (load_labels(config.data, part, config.holdout) for part in PARTS)
+            _check_labels(config, train, test)
         load_array(config.data, "test", config.holdout)
         return
-    open_files(config.data, "test", config.holdout, config.image_key)
-    count = len(open_files(config.data, "train", config.holdout, config.image_key))
-    if config.batch_size > count:
+    files, test_files = (
+        open_files(config.data, part, config.holdout, config.image_key) for part in PARTS
+    )
+    if reads_labels:
+        _check_labels(config, file_labels(files), file_labels(test_files))
+    if config.batch_size > len(files):
         raise ValueError(
-            f"--batch-size {config.batch_size} is larger than the data set of {count} images"
+            f"--batch-size {config.batch_size} is larger than the data set of {len(files)} images"
         )
 
 
-def _check_labels(config: Config) -> None:
-    """ValueError where the evaluation, the probe or the oracle could not use the labels."""
-    train, test = (
-        load_labels(config.data, part, config.holdout, config.image_key) for part in PARTS
-    )
+def _check_labels(config: Config, train: Labels | None, test: Labels | None) -> None:
+    """ValueError where the probe or the oracle could not use these labels."""
     if uses_oracle(config):
         build_oracle(config, None if train is None else torch.from_numpy(train))
     if config.probe_epochs and test is not None and not len(test):
@@ -244,10 +254,6 @@ def _views_per_s(trained: Trained, folder: Path) -> float:
         return trained.views_per_s
     reports = read_metrics(folder / "metrics.jsonl")
     return reports[-1]["views_per_s"] if reports else 0.0
-
-
-def _discard(line: str) -> None:
-    """The log of every rank but rank 0."""
 
 
 def _version(name: str) -> str | None:

@@ -10,7 +10,7 @@ import gzip
 import io
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from fastssl_pipelines.memory import require_memory
+from fastssl_pipelines.sources.unreadable import describe
 
 Images = NDArray[np.uint8]
 Labels = NDArray[np.int64]
@@ -80,9 +81,8 @@ class ArraySource:
         except DAMAGE as error:
             if isinstance(error, ValueError) and str(error).startswith(self.name):
                 raise
-            text = str(error) or type(error).__name__
             raise ValueError(
-                f"{self.name} cannot be read ({text}); make or copy it again"
+                f"{self.name} cannot be read ({describe(error)}); make or copy it again"
             ) from error
 
     @contextmanager
@@ -137,8 +137,9 @@ def npz_keys(path: Path) -> list[str]:
         with zipfile.ZipFile(path) as archive:
             return [name.removesuffix(".npy") for name in archive.namelist()]
     except DAMAGE as error:
-        text = str(error) or type(error).__name__
-        raise ValueError(f"{path} is no readable .npz ({text}); make or copy it again") from error
+        raise ValueError(
+            f"{path} is no readable .npz ({describe(error)}); make or copy it again"
+        ) from error
 
 
 def count(source: ArraySource) -> int:
@@ -217,16 +218,20 @@ def numbered(train: NDArray[Any], test: NDArray[Any], name: str) -> tuple[Labels
     """Labels as 0 to K - 1, by rank among the training part's. ValueError where the test part has
     others, and where every image has a class of its own."""
     classes = np.unique(train)
-    unknown = np.setdiff1d(test, classes)
-    if len(unknown):
-        some = ", ".join(map(str, unknown[:5]))
-        raise ValueError(f"{name}: the test part has classes the training part lacks: {some}")
+    require_known(np.setdiff1d(test, classes).tolist(), f"{name}: the test part")
     if len(classes) == len(train) > 1:
         raise ValueError(
             f"{name}: {len(train)} training images have {len(train)} different labels: these are "
             "ids and no classes; leave the labels out, or train with --no-eval"
         )
     return np.searchsorted(classes, train), np.searchsorted(classes, test)
+
+
+def require_known(unknown: Sequence[Any], what: str) -> None:
+    """ValueError where a part has classes that the training part lacks. what: names the part."""
+    if unknown:
+        some = ", ".join(map(str, unknown[:5]))
+        raise ValueError(f"{what} has classes the training part lacks: {some}")
 
 
 def _classes_of_one_hot(labels: NDArray[Any], name: str) -> Labels:

@@ -86,11 +86,7 @@ def test_part(whole: Encoded) -> str | None:
         unknown = sorted(found - known)
         if "" in found or found == set(unknown[:1]):
             continue  # no labels: a flat part, or one folder that is no class
-        if unknown:
-            some = ", ".join(unknown[:5])
-            raise ValueError(
-                f"{whole.source}: the {part} part has classes the training part lacks: {some}"
-            )
+        arrays.require_known(unknown, f"{whole.source}: the {part} part")
         return part
     return None
 
@@ -172,7 +168,7 @@ def load_labels(data: str, part: Part, holdout: float, image_key: str = "") -> L
     if data == "cifar10" or _is_cifar_batches(data):
         return np.asarray(_cifar10(data, part).targets, dtype=np.int64)
     if is_encoded(data):
-        return _file_labels(open_files(data, part, holdout, image_key))
+        return file_labels(open_files(data, part, holdout, image_key))
     train, test = _array_parts(_existing(data))
     if train.labels is None:
         return None
@@ -194,18 +190,14 @@ def _array_labels(part: ArrayPart) -> NDArray[Any]:
     return found
 
 
-def _file_labels(images: Encoded) -> Labels | None:
-    """The numbers of the images' classes, None where an image has none."""
+def file_labels(images: Encoded) -> Labels | None:
+    """The numbers of the images' classes, None where an image has none. For evaluation and oracles
+    only."""
     numbers = images.class_numbers
     if "" in numbers or len(numbers) < 2:
         return None
     classes = images.classes
-    unknown = sorted(set(classes) - set(numbers))
-    if unknown:
-        some = ", ".join(unknown[:5])
-        raise ValueError(
-            f"{images.source}: the test part has classes the training part lacks: {some}"
-        )
+    arrays.require_known(sorted(set(classes) - set(numbers)), f"{images.source}: the test part")
     return np.array([numbers[name] for name in classes], dtype=np.int64)
 
 
@@ -228,7 +220,7 @@ def _existing(data: str) -> Path:
         raise ValueError(
             "no data: pass --data with a folder of images, an .npz, 'digits' or 'cifar10'"
         )
-    path = Path(data).expanduser()
+    path = _path(data)
     if not path.exists():
         raise ValueError(
             f"--data {data} does not exist; pass a folder of images, an .npz, 'digits' or 'cifar10'"
@@ -264,7 +256,7 @@ def _digits_images() -> Images:
 
 
 def _is_cifar_batches(data: str) -> bool:
-    return bool(data) and any(p.is_file() for p in _cifar_files(Path(data).expanduser()))
+    return bool(data) and any(p.is_file() for p in _cifar_files(_path(data)))
 
 
 def _cifar_files(path: Path) -> tuple[Path, Path]:
@@ -282,8 +274,7 @@ def _cifar10(data: str, part: Part) -> Any:
             raise ValueError(
                 f"CIFAR-10 could not be downloaded ({error}); {CIFAR10_HELP}"
             ) from error
-    path = Path(data).expanduser()
-    beside, below = _cifar_files(path)
+    beside, below = _cifar_files(_path(data))
     folder = beside.parent if beside.is_file() else below.parent
     try:
         reader = type("CIFAR10", (CIFAR10,), {"base_folder": folder.name})

@@ -50,6 +50,7 @@ from fastssl.evaluation.progress import Progress
 from fastssl.evaluation.spectrum import rankme
 from fastssl.evaluation.trained_run import Network, TrainedRun, load_trained_run
 from fastssl.runtime.run_dir import flat, read_config, write_text
+from fastssl.runtime.run_log import discard
 from fastssl.runtime.weights import FILE, load_weights
 
 RAW_PIXELS_STREAMED = 2048  # images, of both parts
@@ -318,7 +319,7 @@ def evaluate_run(
             folder,
             train,
             test,
-            log if ranks.is_main else _discard,
+            log if ranks.is_main else discard,
             ranks=ranks,
             probes=probes,
             labels_used=labels_used,
@@ -341,10 +342,6 @@ def evaluation_summary(found: Evaluation | None, evaluate_s: float) -> dict[str,
         "rankme": found.rankme if found else None,
         "evaluate_s": round(evaluate_s, 2),
     }
-
-
-def _discard(line: str) -> None:
-    """The log of every rank but rank 0."""
 
 
 def evaluate_protocol(
@@ -376,7 +373,7 @@ def evaluate_protocol(
     if name == "neutral":
         return evaluate_run(folder, log, probes=chosen, labels_used=ALL_LABELS)[0]
     with init_distributed(config.device) as ranks:
-        log = log if ranks.is_main else _discard
+        log = log if ranks.is_main else discard
         run = load_trained_run(folder, log)
         network = _network(protocol, run, name)
         kind = f"pretrained, {name} ({count} views)"

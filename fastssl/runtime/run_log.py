@@ -86,3 +86,7 @@ class RunLog:
             self._file.write(line + "\n")
         else:
             self._early.append(line)
+
+
+def discard(line: str) -> None:
+    """The log of every rank but rank 0."""
